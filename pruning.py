@@ -1,0 +1,372 @@
+"""Prune a trained network level by level, evaluate every level, and plot test accuracy against sparsity."""
+
+import argparse
+import copy
+import dataclasses
+import sys
+import time
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import Build_Resnet
+from sparsity import checkpoint, plots, report, runtime
+from sparsity.checkpoint import Checkpoint
+from sparsity.data import (
+    CIFAR10_STATISTICS,
+    CIFAR100_STATISTICS,
+    DATASETS,
+    Source,
+    Split,
+    class_balanced_order,
+    default_image_size,
+    load_split,
+)
+from sparsity.evaluation import default_batch_size, evaluate, inference_copy, refresh
+from sparsity.flags import add_machine_flags, apply_threads, integer, number
+from sparsity.masks import Census, census, positions_per_image, prunable_layers, prune_l1_uniform
+from sparsity.report import Row, Sweep, SweepFiles, level_text, row_key
+from sparsity.runtime import UserError
+from sparsity.statistics import Choice, choose_level
+
+CURVE = ("l1", "uniform", "none")  # criterion, allocation, recover
+
+
+def levels_type(text: str) -> list[float]:
+    """Levels in percent, ascending: 'start:stop:step' with stop included, or a list 'a,b,c'."""
+    try:
+        if ":" in text:
+            start, stop, step = (Decimal(part) for part in text.split(":"))
+            if not (start.is_finite() and stop.is_finite() and step.is_finite()) or step <= 0 or start > stop:
+                raise ValueError
+            if (stop - start) / step > 10_000:
+                raise argparse.ArgumentTypeError(f"{text!r} is more than 10,000 levels")
+            # Decimals, so that 0:1:0.1 ends at 1 and holds 0.3 instead of 0.30000000000000004.
+            levels = [start + step * index for index in range(int((stop - start) / step) + 1)]
+        else:
+            levels = [Decimal(part) for part in text.split(",")]
+        if not all(0 <= level <= 100 for level in levels):  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text!r} has a level outside 0 to 100 percent")
+    except (ValueError, InvalidOperation) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither start:stop:step nor a list such as 0,40,90") from error
+    return sorted({float(level) for level in levels})
+
+
+def stem_type(text: str) -> str:
+    """A file name's stem, without folders."""
+    if not text or Path(text).name != text or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name for files in --images_dir")
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        help="one or more, as seeds of one experiment (newest numbered in checkpoints/)",
+    )
+    parser.add_argument(
+        "--levels", type=levels_type, default="0:100:5", help="percent: start:stop:step or a list such as 0,40,99.5"
+    )
+    parser.add_argument("--criterion", choices=("l1",), default="l1", help="what a weight is worth")
+    parser.add_argument(
+        "--allocation", choices=("uniform",), default="uniform", help="how a level is dealt to the layers"
+    )
+    parser.add_argument("--recover", choices=("none",), default="none", help="what is done after pruning")
+    parser.add_argument("--dataset", choices=DATASETS, help="test images (from the checkpoint)")
+    parser.add_argument("--data_dir", type=Path, help="where they are (from the checkpoint)")
+    parser.add_argument("--max_test_images", type=integer(1), help="the first N of a fixed, class-balanced order (all)")
+    parser.add_argument("--batch_size", type=integer(1), help="images at a time (32 on a CPU, 500 on a GPU)")
+    parser.add_argument(
+        "--tolerance", type=number(0, 100), default=1.0, help="points of accuracy that may be lost at the chosen level"
+    )
+    parser.add_argument("--name", type=stem_type, help="stem of the outputs ({dataset}_{arch})")
+    parser.add_argument("--restart", action="store_true", help="measure again what is in the CSV already")
+    add_machine_flags(parser)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
+
+
+def sweep_levels(args: argparse.Namespace) -> None:
+    """The whole run: everything that can fail is checked first, then the levels, then the plot."""
+    device = runtime.resolve_device(args.device)
+    args.precision = runtime.resolve_precision(args.precision, device)
+    args.batch_size = args.batch_size or default_batch_size(device)
+    args.threads = apply_threads(args.threads)
+    runtime.seed_everything(args.seed)
+    runtime.prepare_folder(args.images_dir, "--images_dir", 64 << 20)
+    paths = args.checkpoint or [checkpoint.newest(Path("checkpoints"))]
+    checkpoints = describe_checkpoints(paths)
+    saved, dense = load_network(paths[0])
+    source, test, classes = load_test_images(args, saved)
+
+    example = torch.zeros(1, 3, source.image_size, source.image_size)
+    positions = positions_per_image(dense, example)
+    prunable = list(prunable_layers(dense, example))
+    inference = inference_copy(dense.to(device), runtime.dtype_of(args.precision))
+    header = describe_run(args, device, source, test, classes, saved) | {"checkpoints": checkpoints}
+    header["title"] = header["title"].format(checkpoints=shorten(list(checkpoints)))
+    files = SweepFiles(args.images_dir / f"{output_name(args.name, source, saved.model)}_pruning")
+    sweep = report.open_sweep(files, header, test.labels.numpy(), args.restart)
+    test = test.to(device)
+    missing = [
+        (name, level) for name in checkpoints for level in args.levels if row_key(name, CURVE, level) not in sweep.rows
+    ]
+    networks = len(missing) + sum(name not in sweep.dense for name in checkpoints)
+    announce(sweep, networks, inference, test, args.batch_size)
+    del saved, dense
+
+    with tqdm(total=networks * len(test), unit="img", disable=None, leave=False) as bar:
+        for name, path in zip(checkpoints, paths, strict=True):
+            todo = [level for missing_name, level in missing if missing_name == name]
+            if not todo and name in sweep.dense:
+                continue
+            saved, dense = load_network(path)
+            if saved.sha256 != checkpoints[name]["sha256"]:
+                raise UserError(f"{path} was replaced while it was being swept; start again")
+            dense.to(device)
+            if name not in sweep.dense:
+                bar.set_description("dense")
+                refresh(inference, dense)
+                result = evaluate(inference, test, args.batch_size, bar.update)
+                sweep.add_dense(name, result.predictions.numpy(), {"accuracy": result.accuracy, "loss": result.loss})
+            for level in todo:
+                bar.set_description(f"{level_text(level)} % pruned")
+                started = time.perf_counter()
+                counts = prune_and_refresh(inference, dense, prunable, positions, level)
+                result = evaluate(inference, test, args.batch_size, bar.update)
+                predictions = result.predictions.numpy()
+                row = Row(
+                    name,
+                    *CURVE,
+                    level=level,
+                    **count_columns(counts),
+                    **report.accuracy_columns(result.correct, result.total),
+                    loss=round(result.loss, 6),
+                    agreement=round(100 * float((predictions == sweep.dense[name]).mean()), 6),
+                    seconds=round(time.perf_counter() - started, 3),
+                )
+                sweep.add(row, predictions)
+                bar.write(f"{level_text(level):>5} % pruned: accuracy {row.accuracy:6.2f} %, {row.seconds:.1f} s")
+
+    conclude(sweep, args.tolerance)
+
+
+def prune_and_refresh(
+    inference: nn.Module, dense: nn.Module, prunable: list[str], positions: dict[str, int], level: float
+) -> Census:
+    """Prune a fresh copy of the dense network to `level` percent and bring its weights into `inference`, in place."""
+    model = copy.deepcopy(dense)  # masks compound, so every level starts from the dense network
+    layers = {layer: model.get_submodule(layer) for layer in prunable}
+    prune_l1_uniform(layers, level / 100)
+    counts = census(model, layers, positions)
+    refresh(inference, model)
+    del model, layers  # a masked network is three times as large as what is evaluated
+    runtime.release_memory()
+    return counts
+
+
+def count_columns(counts: Census) -> dict[str, Any]:
+    """The columns of a row that come from counting weights."""
+    return {
+        "sparsity": round(counts.sparsity, 6),
+        "nonzero": counts.nonzero,
+        "parameters": counts.parameters,
+        "compression": round(counts.compression, 6),
+        "macs_ratio": round(counts.macs_ratio, 6),
+    }
+
+
+def load_network(path: Path) -> tuple[Checkpoint, nn.Module]:
+    """A checkpoint, with its `model` entry filled in where the file has none, and its dense network on the CPU."""
+    saved = checkpoint.load(path)
+    model = checkpoint.restore(saved, Build_Resnet.build, Build_Resnet.spec_of)
+    return dataclasses.replace(saved, model=saved.model or Build_Resnet.spec_of(saved.net)), model
+
+
+def describe_checkpoints(paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """Name -> hash and epoch of every checkpoint, after making sure that all can be read and belong together."""
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    described: dict[str, dict[str, Any]] = {}
+    kinds = []
+    for name, path in zip(names, paths, strict=True):
+        saved, _ = load_network(path)
+        twins = [other for other, entry in described.items() if entry["sha256"] == saved.sha256]
+        if twins or name in described:
+            raise UserError(f"--checkpoint {path} is the same as {(twins or [name])[0]}; name each one once")
+        described[name] = {"sha256": saved.sha256, "epoch": saved.epoch}
+        data = saved.data or {}
+        kinds.append((saved.model, *(data.get(key) for key in ("dataset", "image_size", "mean", "std", "classes"))))
+        if kinds[-1] != kinds[0]:
+            raise UserError(f"{path} and {paths[0]} differ in network or data; sweep them apart, with --name for each")
+    return described
+
+
+def load_test_images(args: argparse.Namespace, saved: Checkpoint) -> tuple[Source, Split, list[str]]:
+    """The test images that the flags or else the checkpoint name, in the fixed order, and the names of the classes."""
+    data = saved.data or {}
+    num_classes = saved.model["num_classes"]
+    dataset = args.dataset or data.get("dataset") or {10: "cifar10", 100: "cifar100"}.get(num_classes)
+    if dataset not in DATASETS:
+        raise UserError(f"{saved.path} does not tell its dataset; name one of {', '.join(DATASETS)} with --dataset")
+    if not data:
+        print(f"{saved.path} has no metadata; taken for {dataset} with the usual normalisation of CIFAR")
+    data_dir = args.data_dir or Path(data.get("data_dir", "datasets"))
+    source = Source(dataset, data_dir, data.get("image_size") or default_image_size(dataset))
+    usual = CIFAR100_STATISTICS if dataset == "cifar100" else CIFAR10_STATISTICS
+    statistics = (tuple(data["mean"]), tuple(data["std"])) if data else usual
+    test, classes = load_split(source, train=False, statistics=statistics)
+    if len(classes) != num_classes:
+        raise UserError(f"{saved.path} tells {num_classes} classes apart, {source.name} has {len(classes)}")
+    if data and data["classes"] != classes:
+        differing = next(pair for pair in zip(data["classes"], classes, strict=False) if pair[0] != pair[1])
+        raise UserError(
+            f"{saved.path} was trained on other classes than {source.name} has: {' against '.join(differing)}"
+        )
+    test = test.take(class_balanced_order(test.labels)[: args.max_test_images])
+    if len(test) < 2 * num_classes:
+        raise UserError(
+            f"{len(test)} test images are too few for {num_classes} classes: a level is chosen on one half of them and "
+            f"reported on the other; use at least {2 * num_classes}"
+        )
+    return source, test, classes
+
+
+def output_name(name: str | None, source: Source, spec: dict) -> str:
+    """The stem of the outputs; that images are synthetic is always in it."""
+    name = name or f"{source.name}_{spec['arch']}"
+    return name if source.dataset != "synthetic" or "synthetic" in name else f"synthetic_{name}"
+
+
+def describe_run(
+    args: argparse.Namespace,
+    device: torch.device,
+    source: Source,
+    test: Split,
+    classes: list[str],
+    saved: Checkpoint,
+) -> dict[str, Any]:
+    """What the JSON holds besides the checkpoints; rows are only mixed where `settings` and `data` are the same."""
+    arch = saved.model["arch"]
+    precision = args.precision
+    return {
+        "title": f"{arch} on {source.name}, {{checkpoints}}\nL1 pruning, {len(test):,} test images, {precision}",
+        "settings": {
+            "arch": arch,
+            "test_images": len(test),
+            "batch_size": args.batch_size,
+            "precision": precision,
+            "device": device.type,
+            "threads": args.threads,
+            "seed": args.seed,
+            "torch": torch.__version__,
+        },
+        "data": {
+            "dataset": source.name,
+            "image_size": source.image_size,
+            "mean": list(test.mean),
+            "std": list(test.std),
+            "classes": classes,
+            "test_sha256": test.hash(),
+        },
+        "versions": runtime.versions(),
+        "machine": runtime.machine(device),
+        "command": args.command,
+    }
+
+
+def shorten(names: list[str]) -> str:
+    """Names in a title: all of one or two, otherwise the first and a count."""
+    return ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
+
+
+def announce(sweep: Sweep, networks: int, inference: nn.Module, test: Split, batch_size: int) -> None:
+    """Say what is kept and, from a first few batches, how long the rest will take."""
+    if sweep.rows:
+        print(f"{len(sweep.rows)} rows in {sweep.files.csv} were measured with these settings and are kept")
+    if not networks:
+        return
+    few = test.take(torch.arange(min(len(test), 4 * batch_size)))
+    evaluate(inference, few, batch_size)  # warm-up
+    started = time.perf_counter()
+    evaluate(inference, few, batch_size)
+    rate = len(few) / (time.perf_counter() - started)
+    expected = runtime.duration(networks * len(test) / rate)
+    print(f"about {expected}: {networks} networks x {len(test):,} images at {rate:,.0f} images/s", flush=True)
+
+
+def conclude(sweep: Sweep, tolerance: float) -> None:
+    """Summary, plot, table and the sentence that answers the question."""
+    summary = [summarise(sweep, curve, tolerance) for curve in sweep.curves()]
+    sweep.finish(summary)
+    plots.plot_sweep(sweep.files)
+    print(report.summary_table(sweep))
+    for entry in summary:
+        print(entry["sentence"])
+    print(f"wrote {sweep.files.png} and beside it .csv, .json, .npz")
+
+
+def summarise(sweep: Sweep, curve: tuple[str, str, str], tolerance: float) -> dict[str, Any]:
+    """The chosen level of a curve, over the checkpoints that have all of its levels, as an entry of the JSON."""
+    levels = sweep.curves()[curve]
+    names = [
+        name for name in sweep.dense if all(any(row.checkpoint == name for row in rows) for rows in levels.values())
+    ]
+    by_level = [[sweep.correct(row) for row in rows if row.checkpoint in names] for rows in levels.values()]
+    dense = [sweep.dense[name] == sweep.labels for name in names]
+    choice = choose_level(list(levels), by_level, dense, sweep.labels, tolerance / 100)
+    return {
+        **dict(zip(("criterion", "allocation", "recover"), curve, strict=True)),
+        "tolerance": tolerance,
+        "level": choice.level,
+        "images": choice.images,
+        "accuracy": percent(choice.accuracy),
+        "dense": percent(choice.dense),
+        "difference": percent(choice.difference.value),
+        "difference_low": percent(choice.difference.low),
+        "difference_high": percent(choice.difference.high),
+        "sentence": sentence(curve, choice, tolerance, len(names)),
+    }
+
+
+def percent(share: float) -> float | None:
+    """A share in percent for JSON, which knows no nan."""
+    return None if share != share else round(100 * share, 6)
+
+
+def sentence(curve: tuple[str, str, str], choice: Choice, tolerance: float, checkpoints: int) -> str:
+    """The answer in words: the level chosen on one half, and what the other half says of it."""
+    name = report.curve_name(curve)
+    if choice.level is None:
+        return f"{name}: no measured level stays within {tolerance:g} points of the dense network."
+    difference = choice.difference
+    over = "" if checkpoints == 1 else f", over {checkpoints} checkpoints"
+    return (
+        f"{name}: {level_text(choice.level)} % of the weights can go within {tolerance:g} points of dense (chosen on "
+        f"half of the test images); on the other {choice.images:,} images {100 * choice.accuracy:.2f} % against "
+        f"{100 * choice.dense:.2f} % dense, difference {100 * difference.value:+.2f} points "
+        f"(95 % interval {100 * difference.low:+.2f} to {100 * difference.high:+.2f}{over})."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    args.command = runtime.command_line("pruning.py", words)
+    again = runtime.command_line("pruning.py", [word for word in words if word != "--restart"])
+    return runtime.run_main(lambda: sweep_levels(args), lambda: again)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Checkpoints: written whole, read safely, in our format and in those of other repositories."""
+
+import io
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.runtime import UserError, file_hash, one_line, write_atomic
+
+PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that was read: `net` in float32 on the CPU, without foreign prefixes, and its plain metadata.
+
+    `model`, `data`, `settings` are None or empty where the file has none, as in the reference's format; `content` is
+    all that the file holds.
+    """
+
+    path: Path
+    sha256: str
+    net: dict[str, Tensor]
+    epoch: int | None = None
+    model: dict | None = None
+    data: dict | None = None
+    settings: dict = field(default_factory=dict)
+    content: dict = field(default_factory=dict)
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` (plain values and tensors) atomically; tensors go to the file contiguous and on the CPU."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model as files hold it: on the CPU, contiguous, detached."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint without running any code from it.
+
+    Accepted: {'net': state dict, ...} as the reference and this project write, {'state_dict': ...}, a plain state
+    dict, and the prefixes `module.` and `_orig_mod.`. Raises UserError that names the file and the reason.
+    """
+    content = _read(path)
+    net = content.get("net", content.get("state_dict", content))
+    if not isinstance(net, dict) or not net or not all(isinstance(value, Tensor) for value in net.values()):
+        raise UserError(f"{path} is not a checkpoint: it holds no state dict of tensors under 'net' or 'state_dict'")
+    net = {_without_prefixes(str(name)): tensor for name, tensor in net.items()}
+    for name, tensor in net.items():
+        net[name] = _checked(path, name, tensor)
+    metadata = content if net is not content else {}
+    epoch = metadata.get("epoch")
+    return Checkpoint(
+        path=path,
+        sha256=file_hash(path),
+        net=net,
+        epoch=epoch if isinstance(epoch, int) else None,
+        model=_entry(path, metadata, "model"),
+        data=_data_entry(path, metadata),
+        settings=_entry(path, metadata, "settings") or {},
+        content=metadata,
+    )
+
+
+def restore(checkpoint: Checkpoint, build: Callable[[dict], nn.Module], spec_of: Callable[[dict], dict]) -> nn.Module:
+    """The network of a checkpoint, on the CPU, in eval mode; its weights are those of `checkpoint.net`, not copies.
+
+    `build` makes a network from a description, `spec_of` reads the description off a state dict without metadata.
+    Raises UserError when names or shapes do not fit, naming the first few.
+    """
+    try:
+        spec = checkpoint.model or spec_of(checkpoint.net)
+        with torch.device("meta"):
+            model = build(spec)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond what a tensor can have
+        raise UserError(f"{checkpoint.path} does not describe a network: {one_line(error)}") from error
+    net = dict(checkpoint.net)
+    expected = model.state_dict()
+    for name in expected:
+        if name.endswith(".num_batches_tracked"):  # files from before PyTorch 0.4.1 have none
+            net.setdefault(name, torch.zeros((), dtype=torch.int64))
+    if problems := _misfits(expected, net):
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{checkpoint.path} does not fit the network: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(net, assign=True)
+    return model.eval()
+
+
+def newest(folder: Path) -> Path:
+    """The numbered checkpoint written last in `folder`; UserError, with how to make one, when there is none."""
+    numbered = [(path.stat().st_mtime_ns, _epoch_of(path), path) for path in folder.glob("*_ckpt_epoch*.pth")]
+    if not numbered:
+        raise UserError(f"no checkpoint in {folder}; train one with `python run.py`, or name one with --checkpoint")
+    return max(numbered)[2]
+
+
+def _epoch_of(path: Path) -> int:
+    match = re.search(r"_ckpt_epoch(\d+)$", path.stem)
+    return int(match[1]) if match else -1
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a checkpoint; name the .pth file in it")
+    if not path.exists():
+        raise UserError(f"checkpoint {path} is not there; train one with `python run.py`, or name another")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a foreign file makes torch.load wonder aloud before it fails
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: {_pickle_problem(error)}") from error
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes surface as almost any exception from the unpickler and the zip reader
+        raise UserError(f"{path} is damaged, cut short or not a checkpoint ({one_line(error)[:120]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _pickle_problem(error: pickle.UnpicklingError) -> str:
+    found = re.search(r"GLOBAL (\S+)|`(\S+)`? was not an allowed global", str(error))
+    if found:
+        return f"it holds the object {found[1] or found[2]}, which could run code; save only its state_dict()"
+    return "it is not a checkpoint, or its pickle holds more than tensors and plain values"
+
+
+def _without_prefixes(name: str) -> str:
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, dense and contiguous, floats as float32; UserError when it is of another kind or not finite."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+        raise UserError(f"{path}: {name} is not an ordinary dense tensor; save the network dense")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # a few bytes posing as gigabytes
+        raise UserError(f"{path}: {name} claims more values than the file holds; save the network dense")
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds NaN or Inf; the training that wrote it diverged")
+    return tensor.detach().contiguous()
+
+
+def _entry(path: Path, content: dict, key: str) -> dict | None:
+    value = content.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path}: its entry {key!r} is a {type(value).__name__}, not a dictionary")
+    return value
+
+
+def _data_entry(path: Path, content: dict) -> dict | None:
+    """The metadata of the data, with everything in it that is used later checked."""
+    data = _entry(path, content, "data")
+    if data is None:
+        return None
+    size, classes = data.get("image_size"), data.get("classes")
+    sound = (
+        isinstance(data.get("dataset"), str)
+        and isinstance(data.get("data_dir", ""), str)
+        and isinstance(size, int)
+        and 1 <= size <= 4096
+        and isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and all(_three_numbers(data.get(key)) for key in ("mean", "std"))
+        and min(data["std"]) > 0
+    )
+    if not sound:
+        raise UserError(f"{path}: its entry 'data' (dataset, image_size, mean, std, classes) is incomplete or wrong")
+    return data
+
+
+def _three_numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(isinstance(number, int | float) and abs(number) < 1e3 for number in value)
+    )
+
+
+def _misfits(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    foreign = [f"{name} is unknown" for name in found if name not in expected]
+    shapes = [
+        f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    return shapes + missing + foreign

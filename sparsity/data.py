@@ -1,0 +1,245 @@
+"""Image datasets as one uint8 tensor on the device: loading, a fixed order, augmentation and batches."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
+
+from sparsity.runtime import UserError, generator, one_line, tensor_hash
+from sparsity.synthetic import SYNTHETIC_CLASSES, synthetic_images
+
+PADDING = 4
+Channels = tuple[float, float, float]
+
+# The pair that the reference and most CIFAR-10 repositories use; its std is the mean of per-image deviations.
+CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
+
+
+@dataclass(frozen=True)
+class Split:
+    """`images` [N, 3, H, W] uint8 and `labels` [N] int64 on one device; `mean`, `std` a channel, of images in 0..1."""
+
+    images: Tensor
+    labels: Tensor
+    mean: Channels
+    std: Channels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> "Split":
+        """The images at `indices`, in that order."""
+        indices = indices.to(self.labels.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def to(self, device: torch.device) -> "Split":
+        """The same images on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def hash(self) -> str:
+        """SHA-256 over images and labels in their order."""
+        return tensor_hash(self.images, self.labels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from: a name of DATASETS, the folder that holds them, the side in pixels to bring them to."""
+
+    dataset: str
+    data_dir: Path
+    image_size: int
+
+    @property
+    def name(self) -> str:
+        """What outputs are called after: the dataset, or the name of the folder."""
+        return self.data_dir.resolve().name if self.dataset == "folder" else self.dataset
+
+
+def default_image_size(dataset: str) -> int:
+    """Side in pixels when none is given: 16 for the synthetic images, which keeps them quick, otherwise 32."""
+    return 16 if dataset == "synthetic" else 32
+
+
+def load_split(
+    source: Source, train: bool, statistics: tuple[Channels, Channels] | None = None
+) -> tuple[Split, list[str]]:
+    """Load the training or the test images, on the CPU, and the names of the classes.
+
+    `statistics` is the (mean, std) that a network was trained with; without it CIFAR has its constants, and the
+    others are measured over the images loaded. Raises UserError with what to do.
+    """
+    load = {"cifar10": _load_cifar, "cifar100": _load_cifar, "folder": _load_folder, "synthetic": _load_synthetic}
+    images, labels, classes = load[source.dataset](source, train)
+    if statistics is None:
+        constants = {"cifar10": CIFAR10_STATISTICS, "cifar100": CIFAR100_STATISTICS}
+        statistics = constants.get(source.dataset) or _measure(images)
+    return Split(images, labels, *statistics), classes
+
+
+def class_balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
+    """A fixed order of all images in which any first part holds the classes as evenly as it can: indices [N].
+
+    Each class is shuffled by `seed`; then one image of each class in turn, until the classes run out.
+    """
+    draw = generator(seed)
+    shuffled = torch.randperm(len(labels), generator=draw)
+    rank = rank_in_class(labels[shuffled])
+    # Sorted by rank, then by class; both sorts are stable, so the order depends on nothing else.
+    by_class = torch.argsort(labels[shuffled], stable=True)
+    return shuffled[by_class[torch.argsort(rank[by_class], stable=True)]]
+
+
+def rank_in_class(labels: Tensor) -> Tensor:
+    """For each image, how many of its class come before it: [N]."""
+    by_class = torch.argsort(labels, stable=True)
+    counts = torch.bincount(labels)
+    first = torch.cumsum(counts, 0) - counts
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
+    return rank
+
+
+def normalise(images: Tensor, mean: Channels, std: Channels, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images [B, 3, H, W] as (x / 255 - mean) / std, computed in float32, channels_last, in `dtype`."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
+    floats = images.to(memory_format=torch.channels_last).float() * scale + shift
+    return floats.to(dtype)
+
+
+def augment(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+    """Random crop with padding 4 and horizontal flip of uint8 images [B, 3, H, W], each image by its own draw.
+
+    `offsets` [B, 2] are the top and left corner of the crop in the padded image, 0 to 8; `flips` [B] is boolean. The
+    padding is black (0 before normalisation), as in torchvision's RandomCrop followed by RandomHorizontalFlip.
+    """
+    batch, channels, height, width = images.shape
+    device = images.device
+    padded = F.pad(images, (PADDING,) * 4)
+    rows = offsets[:, 0, None].to(device) + torch.arange(height, device=device)  # [B, H]
+    columns = torch.arange(width, device=device).expand(batch, width)
+    columns = torch.where(flips[:, None].to(device), width - 1 - columns, columns) + offsets[:, 1, None].to(device)
+    return padded[
+        torch.arange(batch, device=device)[:, None, None, None],
+        torch.arange(channels, device=device)[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+def training_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one epoch: normalised, augmented images [B, 3, H, W] (float32, channels_last) and labels [B].
+
+    Order, crops and flips come from (seed, epoch) alone, so that a resumed run draws what an uninterrupted one does.
+    A last batch of a single image joins the one before it: BatchNorm cannot be trained on one value a channel.
+    """
+    total = len(split)
+    draw = generator(seed, epoch)
+    order = torch.randperm(total, generator=draw)
+    offsets = torch.randint(0, 2 * PADDING + 1, (total, 2), generator=draw)
+    flips = torch.rand(total, generator=draw) < 0.5
+    starts = list(range(0, total, batch_size))
+    if len(starts) > 1 and total - starts[-1] == 1:
+        starts.pop()
+    for start, end in zip(starts, [*starts[1:], total], strict=True):
+        batch = split.take(order[start:end])
+        images = augment(batch.images, offsets[start:end], flips[start:end])
+        yield normalise(images, split.mean, split.std), batch.labels
+
+
+def _measure(images: Tensor) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of each channel over all pixels, of images scaled to 0..1."""
+    sums = squares = torch.zeros(3, dtype=torch.float64)
+    for chunk in images.split(1000):
+        scaled = chunk.double() / 255
+        sums, squares = sums + scaled.sum(dim=(0, 2, 3)), squares + scaled.square().sum(dim=(0, 2, 3))
+    count = images.numel() / 3
+    mean = sums / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
+    return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())
+
+
+def _load_synthetic(source: Source, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels = synthetic_images(source.image_size, train)
+    return images, labels, list(SYNTHETIC_CLASSES)
+
+
+def _load_cifar(source: Source, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[source.dataset]
+    root = source.data_dir
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        loaded = kind(root, train=train, download=True)
+    except (OSError, RuntimeError, EOFError) as error:  # no network, a damaged archive, a folder that is read-only
+        raise UserError(
+            f"{source.dataset} is not in {root} and could not be downloaded ({one_line(error)}): put the archive "
+            f"{kind.filename} (md5 {kind.tgz_md5}) into {root} by hand, or use --dataset synthetic"
+        ) from error
+    images = torch.from_numpy(loaded.data).permute(0, 3, 1, 2).contiguous()
+    if images.shape[-1] != source.image_size:
+        print(f"{len(images)} images are resized from {images.shape[-1]} to {source.image_size} pixels")
+        images = torch.cat([_resize(chunk, source.image_size) for chunk in images.split(1000)])
+    return images, torch.tensor(loaded.targets), loaded.classes
+
+
+def _load_folder(source: Source, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    for name in ("train", "test"):
+        if not (source.data_dir / name).is_dir():
+            raise UserError(
+                f"{source.data_dir / name} is not there; --dataset folder reads train/<class>/* and test/<class>/* "
+                "below --data_dir"
+            )
+    wanted, other = ("train", "test") if train else ("test", "train")
+    found = _image_folder(source.data_dir / wanted)
+    classes = [entry.name for entry in (source.data_dir / other).iterdir() if entry.is_dir()]
+    if differing := sorted(set(found.classes) ^ set(classes)):
+        raise UserError(
+            f"{source.data_dir}/train and test hold different classes ({', '.join(differing[:3])}); make them the same"
+        )
+    paths = [path for path, _ in found.samples]
+    # PIL decodes outside of Python's lock, so threads help.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(lambda path: _decode(path, source.image_size), paths, chunksize=64)
+        progress = tqdm(decoded, f"decoding {wanted}", len(paths), unit="img", disable=None, leave=False)
+        images = torch.empty(len(paths), 3, source.image_size, source.image_size, dtype=torch.uint8)
+        resized = 0
+        for index, (image, was_resized) in enumerate(progress):
+            images[index] = image
+            resized += was_resized
+    if resized:
+        print(f"{resized} of {len(paths)} {wanted} images were resized to {source.image_size} pixels")
+    return images, torch.tensor(found.targets), found.classes
+
+
+def _image_folder(folder: Path) -> datasets.ImageFolder:
+    try:
+        return datasets.ImageFolder(str(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used ({one_line(error)}); every class folder needs images") from error
+
+
+def _decode(path: str, size: int) -> tuple[Tensor, bool]:
+    """One image as uint8 [3, size, size], and whether it had to be resized."""
+    try:
+        image = transforms.pil_to_tensor(datasets.folder.default_loader(path))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises all of these
+        raise UserError(f"{path} is not a readable image ({one_line(error)}); mend or remove it") from error
+    if image.shape[-2:] == (size, size):
+        return image, False
+    return _resize(image, size), True
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    return transforms.resize(images, [size, size], antialias=True)

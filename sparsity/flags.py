@@ -1,0 +1,84 @@
+"""Command-line flags that both scripts share, and the types that refuse what makes no sense."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number from `low` (itself not allowed if `above`) to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            bound = "above" if above else "from"
+            upper = "" if high == math.inf else f" to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound} {low:g}{upper}")
+        return value
+
+    return parse
+
+
+def device_name(text: str) -> str:
+    """An argparse type: 'auto' or what `torch.device` accepts. Whether it is at hand is found out later."""
+    if text != "auto":
+        try:
+            torch.device(text)
+        except RuntimeError as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is neither auto nor a torch device such as cpu, cuda:0"
+            ) from error
+    return text
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where and how to compute."""
+    parser.add_argument(
+        "--device", type=device_name, default="auto", help="auto (cuda, then mps, then cpu) or a torch device"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto is bf16 where the hardware is made for it",
+    )
+    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="of everything that is drawn")
+    parser.add_argument("--threads", type=integer(1, 4096), help="CPU threads (torch's choice); part of repeatability")
+    parser.add_argument("--images_dir", type=Path, default=Path("images"), help="where plots and tables go")
+
+
+def parse_with_explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
+    """Parse, and also tell which flags were given on the command line, as opposed to left at their defaults."""
+    args = parser.parse_args(argv)
+    unset = object()
+    # argparse leaves an attribute alone that the namespace has already, unless the flag is given.
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    return args, {name for name, value in vars(given).items() if value is not unset}
+
+
+def apply_threads(threads: int | None) -> int:
+    """Set the number of CPU threads where one is asked for; returns the number in force."""
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

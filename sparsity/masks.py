@@ -1,0 +1,141 @@
+"""Which weights may be pruned, masks on them through `torch.nn.utils.prune`, and what a masked network really holds."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+Layer = nn.Conv2d | nn.Linear
+
+
+@contextmanager
+def _recording(model: nn.Module, hook) -> Iterator[None]:
+    """Call `hook(name, layer, output)` after every convolution and linear layer that runs inside the block."""
+    handles = [
+        layer.register_forward_hook(lambda layer, _, output, name=name: hook(name, layer, output))
+        for name, layer in model.named_modules()
+        if isinstance(layer, Layer)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _run_once(model: nn.Module, example: Tensor, hook) -> None:
+    """One forward pass in eval mode, with the modes of all modules put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with _recording(model, hook):
+            model(example)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def prunable_layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
+    """Name -> layer of every convolution and every hidden linear layer, in the order of `named_modules`.
+
+    The output layer is never among them. It is the last linear layer that runs on `example` ([B, C, H, W]), whatever
+    its name; in a network without linear layers, the last convolution that runs.
+    """
+    executed: list[tuple[str, Layer]] = []
+    _run_once(model, example, lambda name, layer, _: executed.append((name, layer)))
+    linear = [name for name, layer in executed if isinstance(layer, nn.Linear)]
+    output = (linear or [name for name, _ in executed] or [None])[-1]
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Layer) and name != output}
+
+
+def prune_l1_uniform(layers: dict[str, Layer], amount: float) -> None:
+    """Mask, in place, the share `amount` (0.0 to 1.0) of smallest magnitude in the weight of each layer.
+
+    Exactly `round(amount * n)` of a layer's n weights are masked. The layers must not carry a mask already: masks of
+    `torch.nn.utils.prune` compound, so that a second call would not give the level that was asked for (ValueError).
+    """
+    amount = float(amount)  # an int would be read as a count of weights
+    for name, layer in layers.items():
+        if prune.is_pruned(layer):
+            raise ValueError(f"{name} is masked already; every level starts from an unpruned network")
+    # Selecting is serial within a layer, so layers go side by side, the largest first.
+    largest_first = sorted(layers.values(), key=lambda layer: -layer.weight.numel())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(lambda layer: prune.l1_unstructured(layer, "weight", amount), largest_first):
+            pass  # drawing the results raises what a thread raised
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """The weight that the layer computes with: `weight_orig * weight_mask` under a mask, else `weight`.
+
+    `layer.weight` itself is stale under a mask between an optimizer step, a load or a move and the next forward pass.
+    """
+    mask = getattr(layer, "weight_mask", None)
+    return layer.weight if mask is None else layer.weight_orig * mask
+
+
+@dataclass(frozen=True)
+class Census:
+    """Counts over a network; `prunable` and `zeros` over the weights of prunable layers, the others over everything."""
+
+    prunable: int
+    zeros: int
+    parameters: int
+    nonzero: int
+    macs: int
+    macs_remaining: int
+
+    @property
+    def sparsity(self) -> float:
+        """Measured share of zeros in the prunable weights, percent."""
+        return 100 * self.zeros / self.prunable
+
+    @property
+    def compression(self) -> float:
+        """All parameters over the nonzero ones; infinite when nothing is left."""
+        return self.parameters / self.nonzero if self.nonzero else float("inf")
+
+    @property
+    def macs_ratio(self) -> float:
+        """Multiply-adds of the dense network over those with nonzero weights; infinite when none is left."""
+        return self.macs / self.macs_remaining if self.macs_remaining else float("inf")
+
+
+def positions_per_image(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Name -> how often each weight of a layer is used for one image: output positions, summed over its calls."""
+    positions: dict[str, int] = {}
+
+    def add(name: str, layer: Layer, output: Tensor) -> None:
+        # A convolution's output is [B, out, H, W], a linear layer's [B, ..., out].
+        count = output[0, 0].numel() if isinstance(layer, nn.Conv2d) else output[0].numel() // layer.out_features
+        positions[name] = positions.get(name, 0) + count
+
+    _run_once(model, example, add)
+    return positions
+
+
+@torch.no_grad()
+def census(model: nn.Module, layers: dict[str, Layer], positions: dict[str, int]) -> Census:
+    """Count weights, zeros and multiply-adds of a network, masked or not.
+
+    `layers` as from `prunable_layers`, `positions` as from `positions_per_image` (of the dense network).
+    """
+    parameters = nonzero = macs = macs_remaining = prunable = zeros = 0
+    for module_name, module in model.named_modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            is_weight = name in ("weight", "weight_orig")
+            kept = int(torch.count_nonzero(effective_weight(module) if is_weight else tensor))
+            parameters += tensor.numel()
+            nonzero += kept
+            if is_weight and module_name in positions:
+                macs += positions[module_name] * tensor.numel()
+                macs_remaining += positions[module_name] * kept
+            if is_weight and module_name in layers:
+                prunable += tensor.numel()
+                zeros += tensor.numel() - kept
+    return Census(prunable, zeros, parameters, nonzero, macs, macs_remaining)

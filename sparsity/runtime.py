@@ -1,0 +1,256 @@
+"""Device, precision, threads and seeds; files written whole or not at all; errors told in one line."""
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+BLOCK = 1 << 20
+
+
+class UserError(Exception):
+    """Something the user can mend: its text is one line that says what is wrong and what to do."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; raised where the program stands, as KeyboardInterrupt is for SIGINT."""
+
+
+def run_main(body: Callable[[], None], continue_command: Callable[[], str]) -> int:
+    """Run a script's work and return its exit status: 0, 1 (UserError), 130 (Ctrl-C), 143 (SIGTERM).
+
+    The one place that prints errors: a single line on stderr, and no traceback for what the user can mend.
+    `continue_command` gives the command line that goes on after an interruption.
+    """
+
+    def terminate(signum: int, frame: Any) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with memory_errors():
+            body()
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Terminated) as stop:
+        status = 143 if isinstance(stop, Terminated) else 130
+        print(f"\ninterrupted; to go on: {continue_command()}", file=sys.stderr)
+        return status
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def one_line(error: object) -> str:
+    """The text of an error with all white space folded, so that it is one line."""
+    return " ".join(str(error).split())
+
+
+def command_line(program: str, arguments: list[str], *extra: str) -> str:
+    """The shell command that runs `program` again with `arguments`, and `extra` ones that are not among them."""
+    return shlex.join(["python", program, *arguments, *(word for word in extra if word not in arguments)])
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn an exhausted memory, of the device or of the machine, into a UserError with the way out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        exhausted = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
+        if not exhausted and "allocate memory" not in str(error):
+            raise
+        raise UserError("out of memory; use a smaller --batch_size, network or image") from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `--device` names; 'auto' is cuda, then mps, then cpu. Raises UserError when it is not here."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = one_line(error).split(". ")[0][:160]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """'fp32' or 'bf16'; 'auto' is bf16 where the hardware is made for it: new GPUs, CPUs with AVX-512-BF16 or AMX."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if device.type == "cpu" and _cpu_has_bfloat16() else "fp32"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The torch type of a precision's name."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (all devices) and numpy; called before anything is drawn."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def derived_seed(*keys: int) -> int:
+    """One well-mixed seed from several numbers, as (seed, epoch): neighbours give unrelated streams."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(*keys: int) -> torch.Generator:
+    """A CPU generator seeded from several numbers; drawing on the CPU gives every device the same numbers."""
+    return torch.Generator().manual_seed(derived_seed(*keys))
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    packages = ("torchvision", "numpy", "matplotlib")
+    own = {"python": platform.python_version(), "torch": torch.__version__}  # torch's own text tells the build too
+    return own | {package: version(package) for package in packages}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a result ran on: processor, cores, device, threads, system."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensor_hash(*tensors: torch.Tensor) -> str:
+    """SHA-256 over the bytes of tensors, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
+    """Write a file whole or not at all: temporary file beside it, fsync, rename, fsync of the folder.
+
+    Raises UserError (no space, no permission); what was at `path` is then still there.
+    """
+    if isinstance(data, str):
+        data = data.encode()
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+        _fsync_folder(path.parent)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync_folder(folder: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON atomically, readable by a person."""
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def prepare_folder(folder: Path, flag: str, needed_bytes: int = 0) -> None:
+    """Create a folder that outputs go to, and check now that it can be written to and has room.
+
+    Raises UserError that names `flag`, so that hours of work are not lost to a typing error.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written to ({error.strerror or error}); choose another") from error
+    if free < needed_bytes:
+        need, have = needed_bytes / 1e6, free / 1e6
+        raise UserError(f"{flag} {folder} has {have:.0f} MB free and {need:.0f} MB are needed; make room or move it")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: '8 s', '3 min 20 s', '2 h 05 min'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system where the C library (glibc) would keep it for itself."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)

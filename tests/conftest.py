@@ -1,0 +1,113 @@
+"""Small networks and made images that the tests share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import run
+from sparsity.data import Split
+
+CLASSES = ("green", "red", "violet")
+TINY = ["--arch", "resnet18", "--width", "4", "--image_size", "8", "--batch_size", "16", "--precision", "fp32"]
+
+
+class SmallNet(nn.Module):
+    """Two convolutions with BatchNorm, a hidden linear layer, and an output layer with an innocent name."""
+
+    def __init__(self, classes: int = 4):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.stem_bn = nn.BatchNorm2d(6)
+        self.down = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.down_bn = nn.BatchNorm2d(8)
+        self.result = nn.Linear(10, classes)  # defined before the hidden layer, runs after it
+        self.hidden = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = F.relu(self.stem_bn(self.stem(x)))
+        x = F.relu(self.down_bn(self.down(x)))
+        x = F.avg_pool2d(x, x.shape[-2:]).flatten(1)
+        return self.result(F.relu(self.hidden(x)))
+
+
+def awaken(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give BatchNorm statistics and weights as training leaves them, so that folding has something to get wrong."""
+    draw = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(torch.randn(module.num_features, generator=draw) * 0.3)
+            module.running_var.copy_(torch.rand(module.num_features, generator=draw) + 0.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=draw)
+            nn.init.normal_(module.bias, 0, 0.3, generator=draw)
+    return model.eval()
+
+
+@pytest.fixture
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return awaken(SmallNet())
+
+
+@pytest.fixture
+def small_split() -> Split:
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=draw)
+    return Split(images, torch.arange(50) % 4, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def write_image_folder(root: Path, train: int = 16, test: int = 8, size: int = 8) -> Path:
+    """A folder dataset of noisy images, one colour a class."""
+    draw = np.random.default_rng(0)
+    colours = {"green": (40, 160, 60), "red": (170, 60, 40), "violet": (120, 40, 160)}
+    for split, count in (("train", train), ("test", test)):
+        for name in CLASSES:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = draw.normal(colours[name], 70, (size, size, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    return write_image_folder(tmp_path_factory.mktemp("data") / "colours")
+
+
+def train_arguments(folder: Path, out: Path, *extra: str) -> list[str]:
+    """Flags of a training that takes a second."""
+    places = [
+        "--data_dir",
+        str(folder),
+        "--checkpoint_dir",
+        str(out / "checkpoints"),
+        "--images_dir",
+        str(out / "images"),
+    ]
+    return ["--dataset", "folder", *places, *TINY, "--threads", "1", *extra]
+
+
+@pytest.fixture(scope="session")
+def trained(image_folder, tmp_path_factory) -> Path:
+    """A folder with the checkpoints and pictures of a finished training of three epochs."""
+    out = tmp_path_factory.mktemp("trained")
+    assert run.main(train_arguments(image_folder, out, "--epochs", "3", "--save_every", "2")) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(trained) -> Path:
+    return trained / "checkpoints" / "colours_resnet18_ckpt_epoch3.pth"
+
+
+@pytest.fixture(autouse=True)
+def threads_as_found():
+    """The scripts set the number of threads of the whole process; put it back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,67 @@
+"""Imports go down only, and nothing runs on import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each module imports only from the layers below its own.
+LAYERS = [
+    {"run", "pruning"},
+    {"plots"},
+    {"training", "evaluation", "checkpoint"},
+    {"report", "data", "masks"},
+    {"statistics", "synthetic", "flags"},
+    {"runtime"},
+]
+DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
+RUN_TIME = {"torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL"}  # PIL comes with torchvision
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of what a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_modules(names: set[str]) -> set[str]:
+    found = {name.split(".")[1] for name in names if name.startswith("sparsity.")}
+    return {name for name in found if (ROOT / "sparsity" / f"{name}.py").exists()}
+
+
+FILES = [*(ROOT / "sparsity").glob("*.py"), ROOT / "run.py", ROOT / "pruning.py"]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=lambda path: path.stem)
+def test_imports_go_down(path):
+    names = imported(path)
+    assert path.stem in DEPTH, "a new module needs its place in LAYERS"
+    upward = {name for name in own_modules(names) if DEPTH[name] <= DEPTH[path.stem]}
+    assert not upward
+    if path.parent.name == "sparsity":
+        assert not {"Build_Resnet", "run", "pruning"} & names
+
+
+def test_the_network_needs_torch_only():
+    assert {name.split(".")[0] for name in imported(ROOT / "Build_Resnet.py")} == {"re", "torch"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_only_the_allowed_packages_are_imported(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert roots - RUN_TIME - {"sparsity", "Build_Resnet"} <= sys.stdlib_module_names
+
+
+def test_importing_the_scripts_does_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run, pruning"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())

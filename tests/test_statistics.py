@@ -1,0 +1,134 @@
+"""Intervals against published values, and the choice of a level."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sparsity.runtime import UserError
+from sparsity.statistics import (
+    choose_level,
+    choosing_half,
+    mean_and_deviation,
+    mean_difference,
+    paired_difference,
+    t_quantile,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_against_published_intervals(correct, total, low, high):
+    found = wilson_interval(correct, total)
+    assert found == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_at_both_ends_and_mirrored():
+    assert wilson_interval(0, 10)[0] == 0
+    assert wilson_interval(10, 10)[1] == 1
+    low, high = wilson_interval(3, 10)
+    assert wilson_interval(7, 10) == pytest.approx((1 - high, 1 - low), abs=1e-15)
+    with pytest.raises(ValueError, match="not a proportion"):
+        wilson_interval(11, 10)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [(1, 12.706204736432095), (2, 4.302652729911275), (3, 3.182446305284263), (4, 2.7764451051977987)],
+)
+def test_t_quantiles(degrees, quantile):
+    assert t_quantile(0.975, degrees) == pytest.approx(quantile, abs=1e-9)
+    assert t_quantile(0.025, degrees) == pytest.approx(-quantile, abs=1e-9)
+
+
+def test_t_quantile_approaches_the_normal_one():
+    assert t_quantile(0.975, 100_000) == pytest.approx(1.959963984540054, abs=5e-5)
+
+
+def test_paired_difference_by_hand():
+    first = np.array([True] * 80 + [False] * 20)
+    second = np.array([True] * 78 + [False] * 2 + [True] * 7 + [False] * 13)
+    found = paired_difference(first, second)  # 2 gained, 7 lost
+    assert found.value == pytest.approx(-0.05)
+    p, q = 3 / 102, 8 / 102
+    half = 1.959963984540054 * math.sqrt((p + q - (p - q) ** 2) / 102)
+    assert (found.low, found.high) == pytest.approx((p - q - half, p - q + half), abs=1e-12)
+
+
+def test_equal_predictions_differ_by_nothing_but_have_an_interval():
+    same = np.ones(100, dtype=bool)
+    found = paired_difference(same, same)
+    assert found.value == 0
+    assert found.low < 0 < found.high
+
+
+def test_mean_and_deviation():
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    mean, deviation = mean_and_deviation([5.0])
+    assert mean == 5
+    assert math.isnan(deviation)
+    found = mean_difference([1.0, 2.0, 3.0])
+    half = 4.302652729911275 / math.sqrt(3)
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-9)
+
+
+def test_the_halves_are_balanced_and_disjoint():
+    labels = np.arange(60) % 3
+    half = choosing_half(labels)
+    assert half.sum() == 30
+    assert np.bincount(labels[half]).tolist() == np.bincount(labels[~half]).tolist() == [10, 10, 10]
+
+
+LABELS = np.repeat(np.arange(2), 100)
+
+
+def right(share_choosing, share_reporting):
+    """Images that a network gets right: so many of each half."""
+    result = np.zeros(200, dtype=bool)
+    half = choosing_half(LABELS)
+    for part, share in ((half, share_choosing), (~half, share_reporting)):
+        result[np.flatnonzero(part)[: round(share * 100)]] = True
+    return result
+
+
+def test_the_level_is_chosen_on_one_half_and_reported_on_the_other():
+    dense = right(0.90, 0.80)
+    # 40 % looks fine on the choosing half alone, 60 % on the reporting half alone.
+    rows = [[right(0.90, 0.80)], [right(0.895, 0.70)], [right(0.50, 0.80)]]
+    choice = choose_level([0, 40, 60], rows, [dense], LABELS, tolerance=0.01)
+    assert choice.level == 40
+    assert (choice.images, choice.accuracy, choice.dense) == (100, 0.70, 0.80)
+    assert choice.difference.value == pytest.approx(-0.10)
+    assert choice.difference.low < -0.10 < choice.difference.high
+
+
+def test_a_lower_level_out_of_tolerance_ends_the_choice():
+    dense = right(0.9, 0.9)
+    rows = [[right(0.9, 0.9)], [right(0.5, 0.5)], [right(0.9, 0.9)]]
+    assert choose_level([0, 20, 40], rows, [dense], LABELS, 0.01).level == 0
+    assert choose_level([20, 40], rows[1:], [dense], LABELS, 0.01).level is None
+
+
+def test_a_loss_of_exactly_the_tolerance_is_within_it():
+    assert choose_level([10], [[right(0.89, 0.9)]], [right(0.9, 0.9)], LABELS, 0.01).level == 10
+    assert choose_level([10], [[right(0.88, 0.9)]], [right(0.9, 0.9)], LABELS, 0.01).level is None
+
+
+def test_several_checkpoints_decide_by_their_mean():
+    dense = [right(0.9, 0.9), right(0.8, 0.8), right(0.85, 0.85)]
+    rows = [[right(0.91, 0.9), right(0.78, 0.79), right(0.85, 0.82)]]
+    choice = choose_level([50], rows, dense, LABELS, 0.01)
+    assert choice.level == 50
+    assert choice.difference.value == pytest.approx(np.mean([0, -0.01, -0.03]))
+    spread = np.std([0, -0.01, -0.03], ddof=1)
+    half = 4.302652729911275 * spread / math.sqrt(3)
+    assert choice.difference.high - choice.difference.value == pytest.approx(half, abs=1e-9)
+
+
+def test_one_image_a_class_cannot_be_halved():
+    with pytest.raises(UserError, match="two images a class"):
+        choose_level([0], [[np.ones(2, dtype=bool)]], [np.ones(2, dtype=bool)], np.array([0, 1]), 0.01)
