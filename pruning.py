@@ -165,7 +165,9 @@ def prune_and_refresh(
     inference: nn.Module, dense: nn.Module, prunable: list[str], positions: dict[str, int], level: float
 ) -> Census:
     """Prune a fresh copy of the dense network to `level` percent and bring its weights into `inference`, in place."""
-    model = copy.deepcopy(dense)  # masks compound, so every level starts from the dense network
+    # Masks compound, so every level starts from the dense network: new modules around the same weights, which masks
+    # leave as they are.
+    model = copy.deepcopy(dense, {id(weight): weight for weight in dense.parameters()})
     layers = {layer: model.get_submodule(layer) for layer in prunable}
     prune_l1_uniform(layers, level / 100)
     counts = census(model, layers, positions)
@@ -270,7 +272,7 @@ def describe_run(
             "device": device.type,
             "threads": args.threads,
             "seed": args.seed,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         },
         "data": {
             "dataset": source.name,

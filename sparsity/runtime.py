@@ -134,7 +134,7 @@ def generator(*keys: int) -> torch.Generator:
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     packages = ("torchvision", "numpy", "matplotlib")
-    own = {"python": platform.python_version(), "torch": torch.__version__}  # torch's own text tells the build too
+    own = {"python": platform.python_version(), "torch": str(torch.__version__)}  # which tells the build too
     return own | {package: version(package) for package in packages}
 
 
@@ -182,29 +182,21 @@ def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
     """
     if isinstance(data, str):
         data = data.encode()
+    # One fixed name, so that what a kill leaves behind is overwritten by the next write.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-        _fsync_folder(path.parent)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _fsync_folder(folder: Path) -> None:

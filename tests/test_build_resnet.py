@@ -88,7 +88,7 @@ def test_description_is_read_off_the_shapes(arch):
     ],
 )
 def test_a_wrong_description_is_refused(spec):
-    with pytest.raises(ValueError, match="architecture|whole number"):
+    with pytest.raises(ValueError, match=r"architecture|whole number"):
         Build_Resnet.build(spec)
 
 

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import awaken
 from torch import nn
 
 import Build_Resnet
-from conftest import awaken
 from sparsity.data import normalise
 from sparsity.evaluation import evaluate, inference_copy, refresh
 from sparsity.masks import prunable_layers, prune_l1_uniform
@@ -73,7 +73,7 @@ def test_the_copy_has_no_batch_norm_and_the_wanted_type(small_net, small_split):
 
 
 class Awkward(nn.Module):
-    """What must not be folded, or not be overwritten: shared layers, a used sum, BatchNorm after nothing, parameters."""
+    """What must not be folded or overwritten: shared layers, sums read twice, BatchNorm after nothing, parameters."""
 
     def __init__(self):
         super().__init__()

@@ -1,0 +1,162 @@
+"""Bad input: one clear line on stderr, the right exit status, no traceback, and no file that was there changed."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import write_image_folder
+
+import pruning
+import run
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_checkpoint, image_folder):
+    """A working folder with a good checkpoint, good images, and several bad ones."""
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    content["data"]["data_dir"] = "colours"
+    write_image_folder(tmp_path / "colours")
+    torch.save(content, "good.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:-500])
+    (tmp_path / "text.pth").write_text("these are no weights")
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"net": Evil()}))
+    (tmp_path / "file").write_text("a file where a folder should be")
+    net = content["net"]
+    torch.save({"net": net | {"linear.weight": net["linear.weight"] * float("nan")}}, "nan.pth")
+    torch.save({"net": {name: value for name, value in net.items() if name != "bn1.weight"}}, "misfit.pth")
+    torch.save({"net": net, "epoch": 1}, "bare.pth")
+    torch.save(content | {"model": content["model"] | {"width": 8}}, "width.pth")
+    write_image_folder(tmp_path / "broken")
+    (tmp_path / "broken" / "test" / "red" / "001.png").write_bytes(b"no image")
+    write_image_folder(tmp_path / "uneven")
+    for path in sorted((tmp_path / "uneven" / "train" / "red").iterdir()):
+        path.unlink()
+    (tmp_path / "uneven" / "train" / "red").rmdir()
+    write_image_folder(tmp_path / "renamed")
+    for split in ("train", "test"):
+        (tmp_path / "renamed" / split / "red").rename(tmp_path / "renamed" / split / "orange")
+    (tmp_path / "states").mkdir()
+    torch.save(content, "states/colours_resnet18_last.pth")
+    return tmp_path
+
+
+SMALL = "--arch resnet18 --width 2 --image_size 8 --epochs 1"
+FOLDER = f"--dataset folder --data_dir colours {SMALL}"
+RUN = {
+    "--epochs 0": (2, "'0' is not a whole number from 1"),
+    "--epochs many": (2, "'many' is not a whole number"),
+    "--batch_size 1": (2, "from 2"),
+    "--batch_size 1e3": (2, "'1e3' is not a whole number"),
+    "--learning_rate nan": (2, "'nan' is not a number above 0"),
+    "--learning_rate 0": (2, "above 0"),
+    "--learning_rate -1": (2, "above 0"),
+    "--momentum 1": (2, "from 0 to 0.9999"),
+    "--weight_decay inf": (2, "'inf' is not a number"),
+    "--T_max 0": (2, "from 1"),
+    "--optimizer lion": (2, "invalid choice: 'lion'"),
+    "--arch vgg16": (2, "invalid choice: 'vgg16'"),
+    "--width 0": (2, "from 1"),
+    "--dataset imagenet": (2, "invalid choice: 'imagenet'"),
+    "--image_size 3": (2, "from 4 to 512"),
+    "--save_every 0": (2, "from 1"),
+    "--seed -1": (2, "from 0"),
+    "--threads 0": (2, "from 1"),
+    "--device quantum": (2, "neither auto nor a torch device"),
+    "--precision fp16": (2, "invalid choice: 'fp16'"),
+    "--epoch_count 3": (2, "unrecognized arguments"),
+    f"{FOLDER} --device cuda:99": (1, "--device cuda:99 cannot be used here"),
+    f"{FOLDER} --resume": (1, "nothing to resume"),
+    f"{FOLDER} --resume --checkpoint_dir states": (1, "no training state"),
+    f"{FOLDER} --checkpoint_dir file": (1, "--checkpoint_dir file cannot be written to"),
+    f"{FOLDER} --images_dir file/images": (1, "--images_dir file/images cannot be written to"),
+    f"--dataset folder --data_dir nowhere {SMALL}": (1, "nowhere/train is not there"),
+    f"--dataset folder --data_dir broken {SMALL}": (1, "broken/test/red/001.png is not a readable image"),
+    f"--dataset folder --data_dir uneven {SMALL}": (1, "different classes (red)"),
+}
+SWEEP = {
+    "--levels": (2, "expected one argument"),
+    "--levels 0:100": (2, "neither start:stop:step"),
+    "--levels 0:100:0": (2, "neither start:stop:step"),
+    "--levels 50:0:5": (2, "neither start:stop:step"),
+    "--levels 0,101": (2, "outside 0 to 100"),
+    "--levels=-5,0": (2, "outside 0 to 100"),
+    "--levels 0,nan": (2, "'0,nan'"),
+    "--levels 0:100:0.001": (2, "more than 10,000 levels"),
+    "--levels forty": (2, "neither start:stop:step"),
+    "--tolerance 101": (2, "from 0 to 100"),
+    "--max_test_images 0": (2, "from 1"),
+    "--batch_size 0": (2, "from 1"),
+    "--name a/b": (2, "not a plain name"),
+    "--criterion l7": (2, "invalid choice: 'l7'"),
+    "--checkpoint": (2, "expected at least one argument"),
+    "": (1, "no checkpoint in checkpoints"),
+    "--checkpoint none.pth": (1, "none.pth is not there; train one"),
+    "--checkpoint colours": (1, "colours is a folder"),
+    "--checkpoint cut.pth": (1, "cut.pth is damaged, cut short"),
+    "--checkpoint text.pth": (1, "text.pth"),
+    "--checkpoint evil.pth": (1, "evil.pth is refused"),
+    "--checkpoint nan.pth": (1, "linear.weight holds NaN"),
+    "--checkpoint misfit.pth": (1, "bn1.weight is missing"),
+    "--checkpoint width.pth": (1, "does not fit the network"),
+    "--checkpoint good.pth good.pth": (1, "is the same as"),
+    "--checkpoint good.pth bare.pth": (1, "differ in network or data"),
+    "--checkpoint good.pth --dataset synthetic": (1, "tells 3 classes apart, synthetic has 10"),
+    "--checkpoint good.pth --data_dir nowhere": (1, "nowhere/train is not there"),
+    "--checkpoint good.pth --data_dir broken": (1, "broken/test/red/001.png"),
+    "--checkpoint good.pth --data_dir renamed": (1, "other classes"),
+    "--checkpoint good.pth --max_test_images 5": (1, "too few for 3 classes"),
+    "--checkpoint bare.pth": (1, "does not tell its dataset"),
+    "--checkpoint good.pth --images_dir file": (1, "--images_dir file cannot be written to"),
+    "--checkpoint good.pth --device cuda:99": (1, "cannot be used here"),
+}
+CASES = [(run, *item) for item in RUN.items()] + [(pruning, *item) for item in SWEEP.items()]
+
+
+def files(root):
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("script", "flags", "expected"), CASES, ids=[f"{c[0].__name__} {c[1]}" for c in CASES])
+def test_bad_input_is_told_in_one_line(place, capfd, script, flags, expected):
+    status, said = expected
+    before = files(place)
+    try:
+        found = script.main(flags.split())
+    except SystemExit as stop:  # argparse
+        found = stop.code
+    err = capfd.readouterr().err
+    assert found == status
+    last = err.strip().splitlines()[-1]
+    assert said in last
+    assert "error: " in last
+    assert "Traceback" not in err
+    if status == 1:
+        assert len(err.strip().splitlines()) == 1
+    assert {path: content for path, content in files(place).items() if path in before} == before
+    assert not (place / "pwned").exists()
+
+
+def test_a_full_disk_is_told_before_training(place, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert run.main(FOLDER.split()) == 1
+    assert "--checkpoint_dir checkpoints has 0 MB free" in capsys.readouterr().err
+    assert not list((place / "checkpoints").iterdir())
+
+
+def test_damaged_rows_are_told_and_left(place, capsys):
+    arguments = ["--checkpoint", "good.pth", "--levels", "0,50", "--threads", "1"]
+    assert pruning.main(arguments) == 0
+    table = place / "images" / "colours_resnet18_pruning.csv"
+    table.write_text(table.read_text()[:-40])
+    before = files(place)
+    assert pruning.main(arguments) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert files(place) == before
+    assert pruning.main([*arguments, "--restart"]) == 0
