@@ -98,11 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def sweep_levels(args: argparse.Namespace) -> None:
     """The whole run: everything that can fail is checked first, then the levels, then the plot."""
-    device = runtime.resolve_device(args.device)
-    args.precision = runtime.resolve_precision(args.precision, device)
-    args.batch_size = args.batch_size or default_batch_size(device)
-    args.threads = apply_threads(args.threads)
-    runtime.seed_everything(args.seed)
+    device = set_up_machine(args)
     runtime.prepare_folder(args.images_dir, "--images_dir", 64 << 20)
     paths = args.checkpoint or [checkpoint.newest(Path("checkpoints"))]
     checkpoints = describe_checkpoints(paths)
@@ -113,22 +109,20 @@ def sweep_levels(args: argparse.Namespace) -> None:
     positions = positions_per_image(dense, example)
     prunable = list(prunable_layers(dense, example))
     inference = inference_copy(dense.to(device), runtime.dtype_of(args.precision))
-    header = describe_run(args, device, source, test, classes, saved) | {"checkpoints": checkpoints}
-    header["title"] = header["title"].format(checkpoints=shorten(list(checkpoints)))
     files = SweepFiles(args.images_dir / f"{output_name(args.name, source, saved.model)}_pruning")
+    header = describe_run(args, source, test, classes, saved, checkpoints)
     sweep = report.open_sweep(files, header, test.labels.numpy(), args.restart)
     test = test.to(device)
-    missing = [
-        (name, level) for name in checkpoints for level in args.levels if row_key(name, CURVE, level) not in sweep.rows
-    ]
-    networks = len(missing) + sum(name not in sweep.dense for name in checkpoints)
+    missing = {
+        name: [level for level in args.levels if row_key(name, CURVE, level) not in sweep.rows] for name in checkpoints
+    }
+    networks = sum(len(levels) + (name not in sweep.dense) for name, levels in missing.items())
     announce(sweep, networks, inference, test, args.batch_size)
     del saved, dense
 
     with tqdm(total=networks * len(test), unit="img", disable=None, leave=False) as bar:
-        for name, path in zip(checkpoints, paths, strict=True):
-            todo = [level for missing_name, level in missing if missing_name == name]
-            if not todo and name in sweep.dense:
+        for (name, levels), path in zip(missing.items(), paths, strict=True):
+            if not levels and name in sweep.dense:
                 continue
             saved, dense = load_network(path)
             if saved.sha256 != checkpoints[name]["sha256"]:
@@ -139,7 +133,7 @@ def sweep_levels(args: argparse.Namespace) -> None:
                 refresh(inference, dense)
                 result = evaluate(inference, test, args.batch_size, bar.update)
                 sweep.add_dense(name, result.predictions.numpy(), {"accuracy": result.accuracy, "loss": result.loss})
-            for level in todo:
+            for level in levels:
                 bar.set_description(f"{level_text(level)} % pruned")
                 started = time.perf_counter()
                 counts = prune_and_refresh(inference, dense, prunable, positions, level)
@@ -159,6 +153,17 @@ def sweep_levels(args: argparse.Namespace) -> None:
                 bar.write(f"{level_text(level):>5} % pruned: accuracy {row.accuracy:6.2f} %, {row.seconds:.1f} s")
 
     conclude(sweep, args.tolerance)
+
+
+def set_up_machine(args: argparse.Namespace) -> torch.device:
+    """Make every automatic choice, in `args`, and seed; before anything is drawn."""
+    device = runtime.resolve_device(args.device)
+    args.device = str(device)
+    args.precision = runtime.resolve_precision(args.precision, device)
+    args.batch_size = args.batch_size or default_batch_size(device)
+    args.threads = apply_threads(args.threads)
+    runtime.seed_everything(args.seed)
+    return device
 
 
 def prune_and_refresh(
@@ -253,22 +258,24 @@ def output_name(name: str | None, source: Source, spec: dict) -> str:
 
 def describe_run(
     args: argparse.Namespace,
-    device: torch.device,
     source: Source,
     test: Split,
     classes: list[str],
     saved: Checkpoint,
+    checkpoints: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """What the JSON holds besides the checkpoints; rows are only mixed where `settings` and `data` are the same."""
-    arch = saved.model["arch"]
-    precision = args.precision
+    """What the JSON holds; rows are only mixed where `settings` and `data` are the same."""
+    arch, device = saved.model["arch"], torch.device(args.device)
     return {
-        "title": f"{arch} on {source.name}, {{checkpoints}}\nL1 pruning, {len(test):,} test images, {precision}",
+        "title": (
+            f"{arch} on {source.name}, {shorten(list(checkpoints))}\n"
+            f"smallest weights of each layer pruned; {len(test):,} test images, {args.precision}"
+        ),
         "settings": {
             "arch": arch,
             "test_images": len(test),
             "batch_size": args.batch_size,
-            "precision": precision,
+            "precision": args.precision,
             "device": device.type,
             "threads": args.threads,
             "seed": args.seed,
@@ -282,6 +289,7 @@ def describe_run(
             "classes": classes,
             "test_sha256": test.hash(),
         },
+        "checkpoints": checkpoints,
         "versions": runtime.versions(),
         "machine": runtime.machine(device),
         "command": args.command,

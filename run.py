@@ -21,7 +21,7 @@ from sparsity.data import (
     load_split,
     training_batches,
 )
-from sparsity.evaluation import default_batch_size, evaluate, inference_copy, refresh
+from sparsity.evaluation import Evaluation, default_batch_size, evaluate, inference_copy, refresh
 from sparsity.flags import add_machine_flags, apply_threads, integer, number, parse_with_explicit
 from sparsity.runtime import UserError
 from sparsity.training import OPTIMIZERS, make_optimizer, make_schedule, train_one_epoch
@@ -106,12 +106,6 @@ def continue_settings(args: argparse.Namespace, state: checkpoint.Checkpoint) ->
             print(f"--{name} was {saved[name]} before: the result will not be the same to the bit")
 
 
-def describe_settings(args: argparse.Namespace, device: torch.device, threads: int) -> dict[str, Any]:
-    """The settings as a checkpoint keeps them: plain values, with every automatic choice made."""
-    kept = {name: getattr(args, name) for name in (*EXPERIMENT, "epochs", "save_every")}
-    return kept | {"data_dir": str(args.data_dir), "device": str(device), "threads": threads}
-
-
 def numbered_path(args: argparse.Namespace, stem: str, epoch: int) -> Path:
     return args.checkpoint_dir / f"{stem}_ckpt_epoch{epoch}.pth"
 
@@ -150,44 +144,26 @@ def train(args: argparse.Namespace) -> None:
     stem = f"{source.name}_{args.arch}"
     if not state:
         announce_replacement(args, stem)
-    device = runtime.resolve_device(args.device)
-    args.precision = runtime.resolve_precision(args.precision, device)
-    dtype = runtime.dtype_of(args.precision)
-    threads = apply_threads(args.threads)
-    runtime.seed_everything(args.seed)
+    device = set_up_machine(args)
     runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir")
-
-    training, classes = load_split(source, train=True)
-    test, _ = load_split(source, train=False, statistics=(training.mean, training.std))
-    test = test.take(class_balanced_order(test.labels))
-    spec = {"arch": args.arch, "num_classes": len(classes), "width": args.width}
-    data = {
-        "dataset": args.dataset,
-        "data_dir": str(args.data_dir),
-        "name": source.name,
-        "image_size": args.image_size,
-        "mean": list(training.mean),
-        "std": list(training.std),
-        "classes": classes,
-        "training_sha256": training.hash(),
-    }
+    training, test, data = load_images(source)
+    spec = {"arch": args.arch, "num_classes": len(data["classes"]), "width": args.width}
     model = checkpoint.restore(state, Build_Resnet.build, Build_Resnet.spec_of) if state else Build_Resnet.build(spec)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args.optimizer, model, args.learning_rate, args.momentum, args.weight_decay)
     schedule = make_schedule(optimizer, args.T_max)
     history = restore_progress(state, data, optimizer, schedule) if state else []
-    first = len(history) + 1
-    check_folders(args, model, first)
-    settings = describe_settings(args, device, threads)
+    check_folders(args, model, len(history) + 1)
+    dtype = runtime.dtype_of(args.precision)
     inference = inference_copy(model, dtype)
     training, test = training.to(device), test.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{args.arch} with {parameters:,} parameters on {device} ({args.precision}, {threads} threads)")
+    print(f"{args.arch} with {parameters:,} parameters on {device} ({args.precision}, {args.threads} threads)")
     print(f"{source.name}: {len(training):,} training and {len(test):,} test images of {args.image_size} pixels")
     if state:
         print(f"resuming after epoch {state.epoch} of {args.epochs}")
 
-    for epoch in range(first, args.epochs + 1):
+    for epoch in range(len(history) + 1, args.epochs + 1):
         started = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
         with progress_bar(len(training), epoch, args.epochs) as bar:
@@ -195,7 +171,7 @@ def train(args: argparse.Namespace) -> None:
             result = train_one_epoch(model, batches, optimizer, dtype, epoch, bar.advance)
         schedule.step()
         refresh(inference, model)
-        tested = evaluate(inference, test, default_batch_size(test.images.device))
+        tested = evaluate(inference, test, default_batch_size(device))
         seconds = time.perf_counter() - started
         figures = (epoch, rate, result.loss, result.accuracy, tested.loss, tested.accuracy, seconds)
         history.append(dict(zip(HISTORY_COLUMNS, figures, strict=True)))
@@ -204,22 +180,58 @@ def train(args: argparse.Namespace) -> None:
             f"Test accuracy: {tested.accuracy:.3f}% | Epoch Time: {seconds:.2f} secs",
             flush=True,
         )
-        content = {
-            "net": checkpoint.plain_state(model),
-            "epoch": epoch,
-            "model": spec,
-            "data": data,
-            "settings": settings,
-            "metrics": {name: value for name, value in history[-1].items() if name != "seconds"},
-            "versions": runtime.versions(),
-        }
+        content = describe_network(args, model, spec, data, history)
         if is_saved(epoch, args):
             checkpoint.save(numbered_path(args, stem, epoch), content)
         progress = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "history": history}
         checkpoint.save(args.checkpoint_dir / f"{stem}_last.pth", content | progress)
         args.resume = True  # from here on, an interruption can be continued
 
-    finish(args, stem, source, history, inference, test, classes)
+    final = evaluate(inference, test, default_batch_size(device))
+    draw_pictures(args, stem, history, final, test, data)
+
+
+def set_up_machine(args: argparse.Namespace) -> torch.device:
+    """Make every automatic choice, in `args`, and seed; before anything is drawn."""
+    device = runtime.resolve_device(args.device)
+    args.device = str(device)
+    args.precision = runtime.resolve_precision(args.precision, device)
+    args.threads = apply_threads(args.threads)
+    runtime.seed_everything(args.seed)
+    return device
+
+
+def load_images(source: Source) -> tuple[Split, Split, dict[str, Any]]:
+    """Training images, test images in the fixed order, and the description of both that a checkpoint keeps."""
+    training, classes = load_split(source, train=True)
+    test, _ = load_split(source, train=False, statistics=(training.mean, training.std))
+    data = {
+        "dataset": source.dataset,
+        "data_dir": str(source.data_dir),
+        "name": source.name,
+        "image_size": source.image_size,
+        "mean": list(training.mean),
+        "std": list(training.std),
+        "classes": classes,
+        "training_sha256": training.hash(),
+    }
+    return training, test.take(class_balanced_order(test.labels)), data
+
+
+def describe_network(
+    args: argparse.Namespace, model: nn.Module, spec: dict, data: dict, history: list
+) -> dict[str, Any]:
+    """A numbered checkpoint's content: the weights first, as in the reference's format, then plain metadata."""
+    kept = (*EXPERIMENT, "epochs", "save_every", "device", "threads")
+    return {
+        "net": checkpoint.plain_state(model),
+        "epoch": len(history),
+        "model": spec,
+        "data": data,
+        "settings": {name: getattr(args, name) for name in kept} | {"data_dir": str(args.data_dir)},
+        "metrics": {name: value for name, value in history[-1].items() if name != "seconds"},
+        "versions": runtime.versions(),
+    }
 
 
 def restore_progress(state: checkpoint.Checkpoint, data: dict, optimizer, schedule) -> list[dict[str, Any]]:
@@ -237,28 +249,26 @@ def restore_progress(state: checkpoint.Checkpoint, data: dict, optimizer, schedu
     return history
 
 
-def finish(args, stem: str, source: Source, history, inference, test: Split, classes: list[str]) -> None:
-    """Test accuracy, confusion matrix and training curve of the trained network."""
-    refreshed = evaluate(inference, test, default_batch_size(test.images.device))
-    size = len(classes)
-    pairs = test.labels.cpu() * size + refreshed.predictions
-    counts = torch.bincount(pairs, minlength=size * size).view(size, size)
-    title = f"{args.arch} on {source.name}, {args.image_size} px, {len(history)} epochs"
-    table = args.images_dir / f"{stem}_training.csv"
-    report.write_csv(table, HISTORY_COLUMNS, history)
-    plots.plot_training(table, table.with_suffix(".png"), f"Training {title}")
+def draw_pictures(
+    args: argparse.Namespace, stem: str, history: list, final: Evaluation, test: Split, data: dict[str, Any]
+) -> None:
+    """Training curve and confusion matrix, each as CSV and picture, and the test accuracy in words."""
+    classes = data["classes"]
+    title = f"{args.arch} on {data['name']}, {args.image_size} px, {len(history)} epochs"
+    training = args.images_dir / f"{stem}_training.csv"
+    report.write_csv(training, HISTORY_COLUMNS, history)
+    plots.plot_training(training, training.with_suffix(".png"), f"Training {title}")
     confusion = args.images_dir / f"{stem}_confusion.csv"
-    rows = [
-        {"true class": name} | dict(zip(classes, row, strict=True))
-        for name, row in zip(classes, counts.tolist(), strict=True)
-    ]
-    report.write_csv(confusion, ("true class", *classes), rows)
-    accuracy = f"{refreshed.accuracy:.2f} %"
+    pairs = test.labels.cpu() * len(classes) + final.predictions
+    counts = torch.bincount(pairs, minlength=len(classes) ** 2).view(len(classes), -1).tolist()
+    rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
+    columns = ("true class", *classes)
+    report.write_csv(confusion, columns, (dict(zip(columns, row, strict=True)) for row in rows))
+    accuracy = f"{final.accuracy:.2f} %"
     plots.plot_confusion(confusion, confusion.with_suffix(".png"), f"{title}: test accuracy {accuracy}")
-    print(f"Test accuracy: {accuracy} ({refreshed.correct:,} of {refreshed.total:,} images)")
-    print(
-        f"wrote {numbered_path(args, stem, len(history))}, {table.with_suffix('.png')}, {confusion.with_suffix('.png')}"
-    )
+    print(f"Test accuracy: {accuracy} ({final.correct:,} of {final.total:,} images)")
+    written = (numbered_path(args, stem, len(history)), training.with_suffix(".png"), confusion.with_suffix(".png"))
+    print(f"wrote {', '.join(map(str, written))}")
 
 
 class progress_bar(tqdm):

@@ -3,12 +3,15 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from sparsity import runtime
 from sparsity.runtime import UserError
+
+FULL = Path("/dev/full")
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
@@ -22,14 +25,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
         runtime.write_atomic(tmp_path / "none" / "file", "new")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
     real = os.fsync
 
     def full(descriptor):
-        with open("/dev/full", "wb") as file:  # the real error of a full disk
+        with FULL.open("wb") as file:  # the real error of a full disk
             file.write(b"x")
             file.flush()
             real(file.fileno())
@@ -112,7 +115,7 @@ def test_precision_is_chosen_by_the_hardware():
     cpu = torch.device("cpu")
     assert runtime.resolve_precision("fp32", cpu) == "fp32"
     assert runtime.resolve_precision("bf16", cpu) == "bf16"
-    flags = open("/proc/cpuinfo").read() if sys.platform == "linux" else ""
+    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     expected = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
     assert runtime.resolve_precision("auto", cpu) == expected
 

@@ -11,14 +11,14 @@ import argparse
 import copy
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from timing import print_rates, seconds, take_turns
 
 import Build_Resnet
 from sparsity import checkpoint, runtime
@@ -51,17 +51,6 @@ def reference_predictions(model: nn.Module, test: Split) -> torch.Tensor:
     return torch.cat(predicted).cpu()
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of `work`, with the device synchronised on both sides."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     args = parse_args()
     device = runtime.resolve_device(args.device)
@@ -89,25 +78,16 @@ def main() -> None:
             evaluate(network, test, batch_size).predictions
         )
     predictions = {name: work() for name, work in contestants.items()}  # warm-up
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(args.repeats):
-        for name, work in contestants.items():
-            times[name].append(seconds(work, device))
+    times = take_turns(contestants, args.repeats, device)
 
     print(f"{runtime.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
     print(
         f"{args.images} images in batches of {BATCH} (a) and {batch_size} (b, c), {100 * LEVEL:g} % pruned, "
         f"median of {args.repeats}"
     )
-    base = statistics.median(times["(a) reference loop"])
-    for name, runs in times.items():
-        median = statistics.median(runs)
-        agreement = 100 * float((predictions[name] == predictions["(a) reference loop"]).float().mean())
-        rate, low, high = (args.images / value for value in (median, max(runs), min(runs)))
-        print(
-            f"{name:20} {rate:8.1f} images/s ({low:.1f} to {high:.1f}) {base / median:6.2f}x, "
-            f"{agreement:.2f} % predicted alike"
-        )
+    base = predictions["(a) reference loop"]
+    alike = {name: 100 * float((found == base).float().mean()) for name, found in predictions.items()}
+    print_rates(times, args.images, {name: f", {share:.2f} % predicted alike" for name, share in alike.items()})
     share = 100 * masking / (10_000 * statistics.median(times["(c) ours, bf16"]) / args.images)
     print(f"masks of one level: {masking:.2f} s, {share:.1f} % of a level of 10,000 images in bf16")
 

@@ -8,15 +8,15 @@ The two take turns, and medians are compared.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from timing import print_rates, take_turns
 
 import Build_Resnet
 from sparsity import runtime
@@ -47,17 +47,6 @@ def usual_epoch(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tens
         optimizer.step()
 
 
-def seconds(work, device: torch.device) -> float:
-    """Wall time of `work`, with the device synchronised on both sides."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     args = parse_args()
     device = runtime.resolve_device(args.device)
@@ -77,20 +66,13 @@ def main() -> None:
             ours, training_batches(split, BATCH, 0, 1), optimizers[1], dtype, 1
         ),
     }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
     for work in contestants.values():
         work()  # warm-up
-    for _ in range(args.repeats):
-        for name, work in contestants.items():
-            times[name].append(seconds(work, device))
+    times = take_turns(contestants, args.repeats, device)
 
     print(f"{runtime.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
     print(f"{args.images} images of 32 pixels in batches of {BATCH}, median of {args.repeats}")
-    base = statistics.median(times["(a) float32, NCHW"])
-    for name, runs in times.items():
-        median = statistics.median(runs)
-        rate, low, high = (args.images / value for value in (median, max(runs), min(runs)))
-        print(f"{name:20} {rate:8.1f} images/s ({low:.1f} to {high:.1f}) {base / median:6.2f}x")
+    print_rates(times, args.images)
 
 
 if __name__ == "__main__":
