@@ -33,8 +33,6 @@ from sparsity.report import Row, Sweep, SweepFiles, level_text, row_key
 from sparsity.runtime import UserError
 from sparsity.statistics import Choice, choose_level
 
-CURVE = ("l1", "uniform", "none")  # criterion, allocation, recover
-
 
 def levels_type(text: str) -> list[float]:
     """Levels in percent, ascending: 'start:stop:step' with stop included, or a list 'a,b,c'."""
@@ -64,7 +62,7 @@ def stem_type(text: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -72,19 +70,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="one or more, as seeds of one experiment (newest numbered in checkpoints/)",
     )
     parser.add_argument(
-        "--levels", type=levels_type, default="0:100:5", help="percent: start:stop:step or a list such as 0,40,99.5"
+        "--levels",
+        type=levels_type,
+        default="0:100:5",
+        help="percent: start:stop:step or a list such as 0,40,99.5 (%(default)s)",
     )
-    parser.add_argument("--criterion", choices=("l1",), default="l1", help="what a weight is worth")
+    parser.add_argument("--criterion", choices=("l1",), default="l1", help="what a weight is worth (%(default)s)")
     parser.add_argument(
-        "--allocation", choices=("uniform",), default="uniform", help="how a level is dealt to the layers"
+        "--allocation", choices=("uniform",), default="uniform", help="how a level is dealt to the layers (%(default)s)"
     )
-    parser.add_argument("--recover", choices=("none",), default="none", help="what is done after pruning")
+    parser.add_argument("--recover", choices=("none",), default="none", help="what is done after pruning (%(default)s)")
     parser.add_argument("--dataset", choices=DATASETS, help="test images (from the checkpoint)")
     parser.add_argument("--data_dir", type=Path, help="where they are (from the checkpoint)")
     parser.add_argument("--max_test_images", type=integer(1), help="the first N of a fixed, class-balanced order (all)")
     parser.add_argument("--batch_size", type=integer(1), help="images at a time (32 on a CPU, 500 on a GPU)")
     parser.add_argument(
-        "--tolerance", type=number(0, 100), default=1.0, help="points of accuracy that may be lost at the chosen level"
+        "--tolerance",
+        type=number(0, 100),
+        default=1.0,
+        help="points of accuracy that may be lost at the chosen level (%(default)s)",
     )
     parser.add_argument("--name", type=stem_type, help="stem of the outputs ({dataset}_{arch})")
     parser.add_argument("--restart", action="store_true", help="measure again what is in the CSV already")
@@ -102,6 +106,7 @@ def sweep_levels(args: argparse.Namespace) -> None:
     runtime.prepare_folder(args.images_dir, "--images_dir", 64 << 20)
     paths = args.checkpoint or [checkpoint.newest(Path("checkpoints"))]
     checkpoints = describe_checkpoints(paths)
+    curve = (args.criterion, args.allocation, args.recover)
     saved, dense = load_network(paths[0])
     source, test, classes = load_test_images(args, saved)
 
@@ -112,9 +117,10 @@ def sweep_levels(args: argparse.Namespace) -> None:
     files = SweepFiles(args.images_dir / f"{output_name(args.name, source, saved.model)}_pruning")
     header = describe_run(args, source, test, classes, saved, checkpoints)
     sweep = report.open_sweep(files, header, test.labels.numpy(), args.restart)
+    checkpoints = sweep.header["checkpoints"]
     test = test.to(device)
     missing = {
-        name: [level for level in args.levels if row_key(name, CURVE, level) not in sweep.rows] for name in checkpoints
+        name: [level for level in args.levels if row_key(name, curve, level) not in sweep.rows] for name in checkpoints
     }
     networks = sum(len(levels) + (name not in sweep.dense) for name, levels in missing.items())
     announce(sweep, networks, inference, test, args.batch_size)
@@ -141,7 +147,7 @@ def sweep_levels(args: argparse.Namespace) -> None:
                 predictions = result.predictions.numpy()
                 row = Row(
                     name,
-                    *CURVE,
+                    *curve,
                     level=level,
                     **count_columns(counts),
                     **report.accuracy_columns(result.correct, result.total),
@@ -228,7 +234,7 @@ def load_test_images(args: argparse.Namespace, saved: Checkpoint) -> tuple[Sourc
     if dataset not in DATASETS:
         raise UserError(f"{saved.path} does not tell its dataset; name one of {', '.join(DATASETS)} with --dataset")
     if not data:
-        print(f"{saved.path} has no metadata; taken for {dataset} with the usual normalisation of CIFAR")
+        print(f"{saved.path} has no metadata: images of {dataset} are normalised with the usual constants of CIFAR")
     data_dir = args.data_dir or Path(data.get("data_dir", "datasets"))
     source = Source(dataset, data_dir, data.get("image_size") or default_image_size(dataset))
     usual = CIFAR100_STATISTICS if dataset == "cifar100" else CIFAR10_STATISTICS

@@ -35,21 +35,35 @@ HISTORY_COLUMNS = ("epoch", "learning_rate", "loss", "training_accuracy", "test_
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--batch_size", type=integer(2), default=128, help="images a step")
-    parser.add_argument("--learning_rate", type=number(0, above=True), default=0.01, help="initial learning rate")
-    parser.add_argument("--momentum", type=number(0, 0.9999), default=0.9, help="for adam: its first beta")
-    parser.add_argument("--weight_decay", type=number(0), default=5e-4, help="L2 regularisation")
-    parser.add_argument("--epochs", type=integer(1), default=60, help="passes over the training images")
-    parser.add_argument("--T_max", type=integer(1), default=20, help="half period of the cosine schedule, in epochs")
-    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimizer")
-    parser.add_argument("--arch", choices=tuple(Build_Resnet.ARCHITECTURES), default="resnet50", help="network")
-    parser.add_argument("--width", type=integer(1, 4096), default=64, help="channels of the first stage")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="images to train on")
-    parser.add_argument("--data_dir", type=Path, default=Path("datasets"), help="where they are, or are downloaded to")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch_size", type=integer(2), default=128, help="images a step (%(default)s)")
+    parser.add_argument(
+        "--learning_rate", type=number(0, above=True), default=0.01, help="initial learning rate (%(default)s)"
+    )
+    parser.add_argument(
+        "--momentum", type=number(0, 0.9999), default=0.9, help="for adam: its first beta (%(default)s)"
+    )
+    parser.add_argument("--weight_decay", type=number(0), default=5e-4, help="L2 regularisation (%(default)s)")
+    parser.add_argument("--epochs", type=integer(1), default=60, help="passes over the training images (%(default)s)")
+    parser.add_argument(
+        "--T_max", type=integer(1), default=20, help="half period of the cosine schedule, in epochs (%(default)s)"
+    )
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimizer (%(default)s)")
+    parser.add_argument(
+        "--arch", choices=tuple(Build_Resnet.ARCHITECTURES), default="resnet50", help="network (%(default)s)"
+    )
+    parser.add_argument("--width", type=integer(1, 4096), default=64, help="channels of the first stage (%(default)s)")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="images to train on (%(default)s)")
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("datasets"), help="where they are, or are downloaded to (%(default)s)"
+    )
     parser.add_argument("--image_size", type=integer(4, 512), help="side in pixels (32; synthetic: 16)")
-    parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"), help="where checkpoints go")
-    parser.add_argument("--save_every", type=integer(1), default=10, help="epochs between numbered checkpoints")
+    parser.add_argument(
+        "--checkpoint_dir", type=Path, default=Path("checkpoints"), help="where checkpoints go (%(default)s)"
+    )
+    parser.add_argument(
+        "--save_every", type=integer(1), default=10, help="epochs between numbered checkpoints (%(default)s)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the training state in --checkpoint_dir")
     add_machine_flags(parser)
     return parser

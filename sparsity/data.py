@@ -190,7 +190,8 @@ def _load_cifar(source: Source, train: bool) -> tuple[Tensor, Tensor, list[str]]
     images = torch.from_numpy(loaded.data).permute(0, 3, 1, 2).contiguous()
     if images.shape[-1] != source.image_size:
         print(f"{len(images)} images are resized from {images.shape[-1]} to {source.image_size} pixels")
-        images = torch.cat([_resize(chunk, source.image_size) for chunk in images.split(1000)])
+        size = [source.image_size] * 2
+        images = torch.cat([transforms.resize(chunk, size, antialias=True) for chunk in images.split(1000)])
     return images, torch.tensor(loaded.targets), loaded.classes
 
 
@@ -213,14 +214,14 @@ def _load_folder(source: Source, train: bool) -> tuple[Tensor, Tensor, list[str]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = pool.map(lambda path: _decode(path, source.image_size), paths, chunksize=64)
         progress = tqdm(decoded, f"decoding {wanted}", len(paths), unit="img", disable=None, leave=False)
-        images = torch.empty(len(paths), 3, source.image_size, source.image_size, dtype=torch.uint8)
+        images = np.empty((len(paths), source.image_size, source.image_size, 3), dtype=np.uint8)
         resized = 0
         for index, (image, was_resized) in enumerate(progress):
             images[index] = image
             resized += was_resized
     if resized:
         print(f"{resized} of {len(paths)} {wanted} images were resized to {source.image_size} pixels")
-    return images, torch.tensor(found.targets), found.classes
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets), found.classes
 
 
 def _image_folder(folder: Path) -> datasets.ImageFolder:
@@ -230,16 +231,12 @@ def _image_folder(folder: Path) -> datasets.ImageFolder:
         raise UserError(f"{folder} cannot be used ({one_line(error)}); every class folder needs images") from error
 
 
-def _decode(path: str, size: int) -> tuple[Tensor, bool]:
-    """One image as uint8 [3, size, size], and whether it had to be resized."""
+def _decode(path: str, size: int) -> tuple[np.ndarray, bool]:
+    """One image as uint8 [size, size, 3], and whether it had to be resized."""
     try:
-        image = transforms.pil_to_tensor(datasets.folder.default_loader(path))
+        image = datasets.folder.default_loader(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises all of these
         raise UserError(f"{path} is not a readable image ({one_line(error)}); mend or remove it") from error
-    if image.shape[-2:] == (size, size):
-        return image, False
-    return _resize(image, size), True
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
-    return transforms.resize(images, [size, size], antialias=True)
+    if image.size == (size, size):
+        return np.asarray(image), False
+    return np.asarray(transforms.resize(image, [size, size], antialias=True)), True

@@ -55,17 +55,24 @@ def device_name(text: str) -> str:
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say where and how to compute."""
     parser.add_argument(
-        "--device", type=device_name, default="auto", help="auto (cuda, then mps, then cpu) or a torch device"
+        "--device",
+        type=device_name,
+        default="auto",
+        help="auto (cuda, then mps, then cpu) or a torch device (%(default)s)",
     )
     parser.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="auto is bf16 where the hardware is made for it",
+        help="auto is bf16 where the hardware is made for it (%(default)s)",
     )
-    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="of everything that is drawn")
+    parser.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), default=0, help="of everything that is drawn (%(default)s)"
+    )
     parser.add_argument("--threads", type=integer(1, 4096), help="CPU threads (torch's choice); part of repeatability")
-    parser.add_argument("--images_dir", type=Path, default=Path("images"), help="where plots and tables go")
+    parser.add_argument(
+        "--images_dir", type=Path, default=Path("images"), help="where plots and tables go (%(default)s)"
+    )
 
 
 def parse_with_explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:

@@ -171,6 +171,7 @@ class Sweep:
 def open_sweep(files: SweepFiles, header: dict[str, Any], labels: np.ndarray, restart: bool) -> Sweep:
     """Begin a sweep, or go on with the rows that are there; the JSON is on disk when this returns.
 
+    A checkpoint that has moved keeps the name in `header['checkpoints']` that its rows were recorded with.
     Raises UserError when the files hold rows measured with other settings, other data or another checkpoint.
     """
     sweep = Sweep(files, header, labels)
@@ -178,6 +179,7 @@ def open_sweep(files: SweepFiles, header: dict[str, Any], labels: np.ndarray, re
     if not restart and files.csv.exists():
         found = read_sweep(files)
         if found.rows:
+            header["checkpoints"] = _recorded_names(found.header["checkpoints"], header["checkpoints"])
             _require_same(files, found.header, header)
             sweep.rows, sweep.predictions, sweep.dense = found.rows, found.predictions, found.dense
             header["dense"] = {name: found.header["dense"][name] for name in found.dense}
@@ -189,6 +191,12 @@ def open_sweep(files: SweepFiles, header: dict[str, Any], labels: np.ndarray, re
         path.unlink(missing_ok=True)
     write_json(files.json, header)
     return sweep
+
+
+def _recorded_names(there: dict[str, dict], now: dict[str, dict]) -> dict[str, dict]:
+    """The checkpoints of now, each under the name that its rows are recorded with: the hash tells which is which."""
+    names = {entry["sha256"]: name for name, entry in there.items()}
+    return {names.get(entry["sha256"], name): entry for name, entry in now.items()}
 
 
 def read_sweep(files: SweepFiles) -> Sweep:

@@ -47,6 +47,11 @@ def run_main(body: Callable[[], None], continue_command: Callable[[], str]) -> i
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
+    except (
+        BrokenPipeError
+    ):  # whoever read our output is gone, as in `| head`: nothing is left to say, and nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (KeyboardInterrupt, Terminated) as stop:
         status = 143 if isinstance(stop, Terminated) else 130
         print(f"\ninterrupted; to go on: {continue_command()}", file=sys.stderr)

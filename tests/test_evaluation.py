@@ -81,6 +81,8 @@ class Awkward(nn.Module):
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
         self.shared_bn = nn.BatchNorm2d(3)
         self.scale = nn.Parameter(torch.rand(3, 1, 1))
+        self.read_twice, self.read_twice_bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.kept = nn.Conv2d(3, 3, 1)
         self.linear = nn.Linear(3, 5)
         self.linear_bn = nn.BatchNorm1d(5)
         self.output = nn.Linear(5, 4)
@@ -90,7 +92,11 @@ class Awkward(nn.Module):
         y = self.conv(x)
         y = F.relu(self.shared_bn(y)) + self.shared_bn(self.conv(x)) + y
         total = y + x
-        y = (F.relu(total) + total) * self.scale
+        z = self.read_twice(total)
+        y = self.read_twice_bn(z) + z  # folding would change both
+        z = self.kept(y)
+        y = F.relu(z) + z  # overwriting would change both
+        y = (F.relu(total) + total + y) * self.scale
         y = y.mean(dim=(2, 3))
         return self.output(F.relu(self.linear_bn(self.linear(y))))
 

@@ -139,6 +139,10 @@ def test_several_checkpoints_are_seeds_of_one_experiment(image_folder, tiny_chec
     assert [row["checkpoint"] for row in rows] == [tiny_checkpoint.name] * 3 + [other.name] * 3
     out = capsys.readouterr().out
     assert "+/- sd" in out
+    moved = tmp_path / "renamed.pth"
+    moved.write_bytes(tiny_checkpoint.read_bytes())
+    assert sweep(tmp_path, "--checkpoint", moved, other, "--levels", "0,50,100") == 0
+    assert rows_of(tmp_path / "colours_resnet18_pruning.csv") == rows  # known by its hash, nothing measured again
     mean = np.mean([float(row["accuracy"]) for row in rows if row["level"] == "50"])
     line = next(line for line in out.splitlines() if line.split()[:1] == ["50"] and "pruned" not in line)
     assert f"{mean:.2f}" in line

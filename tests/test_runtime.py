@@ -20,6 +20,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
     with pytest.raises(TypeError):
         runtime.write_atomic(path, 5)
     assert path.read_text() == "old"
+    with path.open() as reader:  # whoever has the old file open keeps it whole
+        runtime.write_atomic(path, "new")
+        assert (reader.read(), path.read_text()) == ("old", "new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     with pytest.raises(UserError, match="cannot write"):
         runtime.write_atomic(tmp_path / "none" / "file", "new")
