@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 import Build_Resnet
-from sparsity import checkpoint, plots, report, runtime
+from sparsity import checkpoint, plots, report, runtime, summary
 from sparsity.checkpoint import Checkpoint
 from sparsity.data import (
     CIFAR10_STATISTICS,
@@ -31,7 +31,6 @@ from sparsity.flags import add_machine_flags, apply_threads, integer, number
 from sparsity.masks import Census, census, positions_per_image, prunable_layers, prune_l1_uniform
 from sparsity.report import Row, Sweep, SweepFiles, level_text, row_key
 from sparsity.runtime import UserError
-from sparsity.statistics import Choice, choose_level
 
 
 def levels_type(text: str) -> list[float]:
@@ -324,56 +323,13 @@ def announce(sweep: Sweep, networks: int, inference: nn.Module, test: Split, bat
 
 def conclude(sweep: Sweep, tolerance: float) -> None:
     """Summary, plot, table and the sentence that answers the question."""
-    summary = [summarise(sweep, curve, tolerance) for curve in sweep.curves()]
-    sweep.finish(summary)
+    entries = [summary.summarise(sweep, curve, tolerance) for curve in sweep.curves()]
+    sweep.finish(entries)
     plots.plot_sweep(sweep.files)
-    print(report.summary_table(sweep))
-    for entry in summary:
+    print(summary.summary_table(sweep))
+    for entry in entries:
         print(entry["sentence"])
     print(f"wrote {sweep.files.png} and beside it .csv, .json, .npz")
-
-
-def summarise(sweep: Sweep, curve: tuple[str, str, str], tolerance: float) -> dict[str, Any]:
-    """The chosen level of a curve, over the checkpoints that have all of its levels, as an entry of the JSON."""
-    levels = sweep.curves()[curve]
-    names = [
-        name for name in sweep.dense if all(any(row.checkpoint == name for row in rows) for rows in levels.values())
-    ]
-    by_level = [[sweep.correct(row) for row in rows if row.checkpoint in names] for rows in levels.values()]
-    dense = [sweep.dense[name] == sweep.labels for name in names]
-    choice = choose_level(list(levels), by_level, dense, sweep.labels, tolerance / 100)
-    return {
-        **dict(zip(("criterion", "allocation", "recover"), curve, strict=True)),
-        "tolerance": tolerance,
-        "level": choice.level,
-        "images": choice.images,
-        "accuracy": percent(choice.accuracy),
-        "dense": percent(choice.dense),
-        "difference": percent(choice.difference.value),
-        "difference_low": percent(choice.difference.low),
-        "difference_high": percent(choice.difference.high),
-        "sentence": sentence(curve, choice, tolerance, len(names)),
-    }
-
-
-def percent(share: float) -> float | None:
-    """A share in percent for JSON, which knows no nan."""
-    return None if share != share else round(100 * share, 6)
-
-
-def sentence(curve: tuple[str, str, str], choice: Choice, tolerance: float, checkpoints: int) -> str:
-    """The answer in words: the level chosen on one half, and what the other half says of it."""
-    name = report.curve_name(curve)
-    if choice.level is None:
-        return f"{name}: no measured level stays within {tolerance:g} points of the dense network."
-    difference = choice.difference
-    over = "" if checkpoints == 1 else f", over {checkpoints} checkpoints"
-    return (
-        f"{name}: {level_text(choice.level)} % of the weights can go within {tolerance:g} points of dense (chosen on "
-        f"half of the test images); on the other {choice.images:,} images {100 * choice.accuracy:.2f} % against "
-        f"{100 * choice.dense:.2f} % dense, difference {100 * difference.value:+.2f} points "
-        f"(95 % interval {100 * difference.low:+.2f} to {100 * difference.high:+.2f}{over})."
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sparsity.report import Row, Sweep, SweepFiles, curve_name, level_text, read_sweep
+from sparsity.report import Row, Sweep, SweepFiles, curve_name, level_text, points, read_sweep
 from sparsity.runtime import write_atomic
 from sparsity.statistics import mean_and_deviation
 
@@ -35,9 +35,13 @@ def plot_sweep(files: SweepFiles) -> None:
         _draw_curve(axes, curve, list(levels.values()), colour)
     dense = float(np.mean([figures["accuracy"] for figures in header["dense"].values()]))
     chance = 100 / len(header["data"]["classes"])
-    for height, text in ((dense, f"dense {dense:.1f} %"), (chance, f"chance {chance:.3g} %")):
+    # The names of the lines stand where a falling curve is not: at the top right and at the bottom left.
+    for height, x, side, text in (
+        (dense, 100, "right", f"dense {dense:.1f} %"),
+        (chance, 0, "left", f"chance {chance:.3g} %"),
+    ):
         axes.axhline(height, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        axes.text(100, height + 1, text, color=QUIET, ha="right", va="bottom", fontsize=9)
+        axes.text(x, height + 1, text, color=QUIET, ha=side, va="bottom", fontsize=9)
     for choice in header.get("summary", []):
         if choice["level"] is not None:
             _mark_choice(axes, sweep, choice)
@@ -69,7 +73,7 @@ def _mark_choice(axes, sweep: Sweep, choice: dict) -> None:
     rows = sweep.curves()[(choice["criterion"], choice["allocation"], choice["recover"])][choice["level"]]
     x, y = float(np.mean([row.sparsity for row in rows])), float(np.mean([row.accuracy for row in rows]))
     axes.plot([x], [y], marker="o", markersize=11, markerfacecolor="none", markeredgecolor="black", linestyle="none")
-    text = f"{level_text(choice['level'])} % pruned: {y:.1f} %\n(within {choice['tolerance']:g} points of dense)"
+    text = f"{level_text(choice['level'])} % pruned: {y:.1f} %\n(within {points(choice['tolerance'])} of dense)"
     # Below the marker, where a falling curve leaves room.
     side = "left" if x < 25 else "right"
     arrow = {"arrowstyle": "-", "color": "black", "linewidth": 0.8, "shrinkB": 6, "relpos": (0.0, 1.0)}
@@ -97,7 +101,8 @@ def plot_training(table: Path, picture: Path, title: str) -> None:
     right.plot(epochs, losses, color=QUIET, linestyle="--", linewidth=1.2, label="training loss (right axis)")
     right.set(ylabel="loss", ylim=(0, None))
     lines = [*axes.get_lines(), *right.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], loc="lower right", frameon=False, fontsize=9)
+    names = [line.get_label() for line in lines]
+    figure.legend(lines, names, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
     axes.set_title(title, fontsize=11)
     save_figure(figure, picture)
 

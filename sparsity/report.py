@@ -1,4 +1,4 @@
-"""Results as data: the rows of a sweep in CSV, its settings in JSON, its predictions in NPZ, and the table to read."""
+"""Results as data: the rows of a sweep in CSV, its settings in JSON, its predictions in NPZ."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsity.runtime import UserError, one_line, write_atomic, write_json
-from sparsity.statistics import mean_and_deviation, wilson_interval
+from sparsity.statistics import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ def accuracy_columns(correct: int, total: int) -> dict[str, float]:
         "ci_low": round(100 * low, 6),
         "ci_high": round(100 * high, 6),
     }
+
+
+def points(value: float) -> str:
+    """Percentage points in words: '1 point', '0.5 points'."""
+    return f"{value:g} point" + ("" if value == 1 else "s")
 
 
 @dataclass(frozen=True)
@@ -264,27 +269,6 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, buffer.getvalue())
-
-
-def summary_table(sweep: Sweep) -> str:
-    """The sweep as a table for the screen; with several checkpoints the mean and the standard deviation over them."""
-    several = len({row.checkpoint for row in sweep.table()}) > 1
-    spread = "+/- sd" if several else "95 % interval"
-    lines = [f"pruned %  zeros %  accuracy %  {spread:>15}     loss  agreement %  compression  MACs ratio"]
-    for curve, levels in sweep.curves().items():
-        lines.append(f"-- {curve_name(curve)} --")
-        for level, rows in levels.items():
-            accuracy, deviation = mean_and_deviation([row.accuracy for row in rows])
-            interval = f"{deviation:.2f}" if several else f"{rows[0].ci_low:.2f} to {rows[0].ci_high:.2f}"
-            sparsity, loss, agreement, compression, macs = (
-                float(np.mean([getattr(row, name) for row in rows]))
-                for name in ("sparsity", "loss", "agreement", "compression", "macs_ratio")
-            )
-            lines.append(
-                f"{level_text(level):>8} {sparsity:>8.2f} {accuracy:>11.2f}  {interval:>15} {loss:>8.4f} "
-                f"{agreement:>12.2f} {compression:>11.2f}x {macs:>10.2f}x"
-            )
-    return "\n".join(lines)
 
 
 def curve_name(curve: tuple[str, str, str]) -> str:

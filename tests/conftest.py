@@ -11,6 +11,7 @@ from torch import nn
 
 import run
 from sparsity.data import Split
+from sparsity.report import SweepFiles
 
 CLASSES = ("green", "red", "violet")
 TINY = ["--arch", "resnet18", "--width", "4", "--image_size", "8", "--batch_size", "16", "--precision", "fp32"]
@@ -58,6 +59,12 @@ def small_split() -> Split:
     draw = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=draw)
     return Split(images, torch.arange(50) % 4, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+@pytest.fixture
+def files(tmp_path) -> SweepFiles:
+    """Where a test's sweep goes."""
+    return SweepFiles(tmp_path / "net_pruning")
 
 
 def write_image_folder(root: Path, train: int = 16, test: int = 8, size: int = 8) -> Path:

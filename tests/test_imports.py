@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Each module imports only from the layers below its own.
 LAYERS = [
     {"run", "pruning"},
-    {"plots"},
+    {"plots", "summary"},
     {"training", "evaluation", "checkpoint"},
     {"report", "data", "masks"},
     {"statistics", "synthetic", "flags"},

@@ -78,7 +78,7 @@ def test_the_settings_tell_how_to_make_it_again(swept, tiny_checkpoint):
     assert {"torch", "torchvision", "numpy", "matplotlib", "python"} <= header["versions"].keys()
     summary = header["summary"][0]
     assert summary["images"] == 12
-    assert "within 1 points of dense" in summary["sentence"] or "no measured level" in summary["sentence"]
+    assert "within 1 point of dense" in summary["sentence"] or "no measured level" in summary["sentence"]
     assert tiny_checkpoint.name in header["title"]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsity import report
-from sparsity.report import COLUMNS, Row, SweepFiles, open_sweep, read_sweep
+from sparsity.report import COLUMNS, Row, open_sweep, read_sweep
 from sparsity.runtime import UserError
 
 CURVE = ("l1", "uniform", "none")
@@ -29,11 +29,6 @@ def row(level, checkpoint="one.pth"):
 
 def predictions(level):
     return (LABELS + int(level) % 3) % 4
-
-
-@pytest.fixture
-def files(tmp_path):
-    return SweepFiles(tmp_path / "net_pruning")
 
 
 def fill(files, levels=(0.0, 40.0), **changes):
@@ -153,10 +148,3 @@ def test_many_classes_need_wider_predictions(files):
 def test_levels_are_told_as_a_person_writes_them():
     texts = [report.level_text(level) for level in (0.0, 5.0, 0.15000000000000002 * 100, 99.5, 33.3)]
     assert texts == ["0", "5", "15", "99.5", "33.3"]
-
-
-def test_the_table_shows_every_level(files):
-    text = report.summary_table(fill(files))
-    assert "95 % interval" in text
-    assert len(text.splitlines()) == 4
-    assert text.splitlines()[-1].split()[:3] == ["40", "10.50", "75.00"]
