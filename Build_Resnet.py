@@ -106,7 +106,7 @@ def build(spec: dict) -> ResNet:
     Raises ValueError when the description is not one of these.
     """
     arch, num_classes, width = (spec.get(key) for key in ("arch", "num_classes", "width"))
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
     for key, value in (("num_classes", num_classes), ("width", width)):
         if type(value) is not int or value < 1:

@@ -1,11 +1,17 @@
 """Prune a trained network level by level, evaluate every level, and plot test accuracy against sparsity."""
 
+from sparsity import answer_interrupts
+
+if __name__ == "__main__":
+    answer_interrupts()
+
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 import time
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +54,20 @@ def levels_type(text: str) -> list[float]:
             levels = [Decimal(part) for part in text.split(",")]
         if not all(0 <= level <= 100 for level in levels):  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text!r} has a level outside 0 to 100 percent")
-    except (ValueError, InvalidOperation) as error:
+    except (ValueError, ArithmeticError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither start:stop:step nor a list such as 0,40,90") from error
-    return sorted({float(level) for level in levels})
+    return sorted({float(level_text(float(level))) for level in levels})  # levels of equal text are one level
 
 
 def stem_type(text: str) -> str:
     """A file name's stem, without folders."""
-    if not text or Path(text).name != text or text.startswith("."):
+    if not text.isprintable() or Path(text).name != text or text.startswith(".") or len(text.encode()) > 200:
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name for files in --images_dir")
     return text
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -117,6 +123,7 @@ def sweep_levels(args: argparse.Namespace) -> None:
     header = describe_run(args, source, test, classes, saved, checkpoints)
     sweep = report.open_sweep(files, header, test.labels.numpy(), args.restart)
     checkpoints = sweep.header["checkpoints"]
+    args.restart = False  # from here on, rows are kept
     test = test.to(device)
     missing = {
         name: [level for level in args.levels if row_key(name, curve, level) not in sweep.rows] for name in checkpoints
@@ -137,6 +144,8 @@ def sweep_levels(args: argparse.Namespace) -> None:
                 bar.set_description("dense")
                 refresh(inference, dense)
                 result = evaluate(inference, test, args.batch_size, bar.update)
+                if not math.isfinite(result.loss):
+                    raise UserError(f"{path} gives outputs that are not finite; its weights are damaged")
                 sweep.add_dense(name, result.predictions.numpy(), {"accuracy": result.accuracy, "loss": result.loss})
             for level in levels:
                 bar.set_description(f"{level_text(level)} % pruned")
@@ -333,11 +342,13 @@ def conclude(sweep: Sweep, tolerance: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
+    program, words = ("pruning.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
     args = parse_args(argv)
-    args.command = runtime.command_line("pruning.py", words)
-    again = runtime.command_line("pruning.py", [word for word in words if word != "--restart"])
-    return runtime.run_main(lambda: sweep_levels(args), lambda: again)
+    args.command = runtime.command_line(program, words)
+    return runtime.run_main(
+        lambda: sweep_levels(args),
+        lambda: runtime.command_line(program, [word for word in words if args.restart or word != "--restart"]),
+    )
 
 
 if __name__ == "__main__":

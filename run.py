@@ -1,10 +1,16 @@
 """Train a network on CIFAR, a folder of images or synthetic images, and save the checkpoints that pruning.py reads."""
 
+from sparsity import answer_interrupts
+
+if __name__ == "__main__":
+    answer_interrupts()
+
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -31,19 +37,20 @@ EXPERIMENT = (
     *("dataset", "image_size", "arch", "width", "optimizer", "batch_size", "learning_rate", "momentum"),
     *("weight_decay", "T_max", "seed", "precision"),
 )
+KEPT = (*EXPERIMENT, "epochs", "save_every", "device", "threads", "data_dir")  # what a checkpoint keeps of the flags
 HISTORY_COLUMNS = ("epoch", "learning_rate", "loss", "training_accuracy", "test_loss", "test_accuracy", "seconds")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = kind(description=__doc__, allow_abbrev=False)
     parser.add_argument("--batch_size", type=integer(2), default=128, help="images a step (%(default)s)")
     parser.add_argument(
-        "--learning_rate", type=number(0, above=True), default=0.01, help="initial learning rate (%(default)s)"
+        "--learning_rate", type=number(0, 1e30, above=True), default=0.01, help="initial learning rate (%(default)s)"
     )
     parser.add_argument(
         "--momentum", type=number(0, 0.9999), default=0.9, help="for adam: its first beta (%(default)s)"
     )
-    parser.add_argument("--weight_decay", type=number(0), default=5e-4, help="L2 regularisation (%(default)s)")
+    parser.add_argument("--weight_decay", type=number(0, 1e30), default=5e-4, help="L2 regularisation (%(default)s)")
     parser.add_argument("--epochs", type=integer(1), default=60, help="passes over the training images (%(default)s)")
     parser.add_argument(
         "--T_max", type=integer(1), default=20, help="half period of the cosine schedule, in epochs (%(default)s)"
@@ -101,23 +108,38 @@ def find_training_state(args: argparse.Namespace) -> checkpoint.Checkpoint:
     return state
 
 
+class _RaisingParser(argparse.ArgumentParser):
+    """A parser that raises ValueError where argparse would end the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def saved_settings(state: checkpoint.Checkpoint) -> dict[str, Any]:
+    """The settings in a training state, each held against its flag, as it would be on a command line."""
+    words = [f"--{name}={state.settings.get(name)}" for name in KEPT]
+    try:
+        parsed = vars(build_parser(_RaisingParser).parse_args(words))
+    except ValueError as error:
+        raise UserError(f"{state.path} holds settings that cannot be ({runtime.one_line(error)})") from error
+    return {name: parsed[name] for name in KEPT}
+
+
 def continue_settings(args: argparse.Namespace, state: checkpoint.Checkpoint) -> None:
     """Fill `args`, in place, with the saved settings, and refuse flags that contradict them."""
-    saved = state.settings
-    given = [name for name in EXPERIMENT if name in args.explicit and getattr(args, name) not in (saved[name], "auto")]
-    if given:
-        clashes = ", ".join(f"--{name} {getattr(args, name)} (saved: {saved[name]})" for name in given)
-        raise UserError(
-            f"{state.path} was trained with other settings: {clashes}; leave them out, or leave --resume out"
-        )
-    for name, value in saved.items():
-        if name not in args.explicit and hasattr(args, name):
-            setattr(args, name, Path(value) if name == "data_dir" else value)
+    saved = saved_settings(state)
+    given = {name for name in args.explicit if getattr(args, name) != "auto"}
+    clashing = [name for name in EXPERIMENT if name in given and getattr(args, name) != saved[name]]
+    if clashing:
+        clashes = ", ".join(f"--{name} {getattr(args, name)} (saved: {saved[name]})" for name in clashing)
+        raise UserError(f"{state.path} was trained with other settings: {clashes}; leave them or --resume out")
+    for name in ("device", "threads"):
+        if name in given and getattr(args, name) != saved[name]:
+            print(f"--{name} was {saved[name]} before: the result will not be the same to the bit")
+    for name in saved.keys() - given:
+        setattr(args, name, saved[name])
     if args.epochs < state.epoch:
         raise UserError(f"{state.path} has {state.epoch} epochs already, more than --epochs {args.epochs}")
-    for name in ("device", "threads"):
-        if name in args.explicit and getattr(args, name) != saved[name]:
-            print(f"--{name} was {saved[name]} before: the result will not be the same to the bit")
 
 
 def numbered_path(args: argparse.Namespace, stem: str, epoch: int) -> Path:
@@ -155,7 +177,8 @@ def train(args: argparse.Namespace) -> None:
         continue_settings(args, state)
     args.image_size = args.image_size or default_image_size(args.dataset)
     source = Source(args.dataset, args.data_dir, args.image_size)
-    stem = f"{source.name}_{args.arch}"
+    # A resumed run goes on in its own files, whatever the folder of its images is called by now.
+    stem = state.path.name.removesuffix("_last.pth") if state else f"{source.name}_{args.arch}"
     if not state:
         announce_replacement(args, stem)
     device = set_up_machine(args)
@@ -218,6 +241,8 @@ def set_up_machine(args: argparse.Namespace) -> torch.device:
 def load_images(source: Source) -> tuple[Split, Split, dict[str, Any]]:
     """Training images, test images in the fixed order, and the description of both that a checkpoint keeps."""
     training, classes = load_split(source, train=True)
+    if len(training) < 2:
+        raise UserError(f"{source.name} has one training image; BatchNorm needs two or more")
     test, _ = load_split(source, train=False, statistics=(training.mean, training.std))
     data = {
         "dataset": source.dataset,
@@ -236,13 +261,12 @@ def describe_network(
     args: argparse.Namespace, model: nn.Module, spec: dict, data: dict, history: list
 ) -> dict[str, Any]:
     """A numbered checkpoint's content: the weights first, as in the reference's format, then plain metadata."""
-    kept = (*EXPERIMENT, "epochs", "save_every", "device", "threads")
     return {
         "net": checkpoint.plain_state(model),
         "epoch": len(history),
         "model": spec,
         "data": data,
-        "settings": {name: getattr(args, name) for name in kept} | {"data_dir": str(args.data_dir)},
+        "settings": {name: getattr(args, name) for name in KEPT} | {"data_dir": str(args.data_dir)},
         "metrics": {name: value for name, value in history[-1].items() if name != "seconds"},
         "versions": runtime.versions(),
     }
@@ -255,12 +279,41 @@ def restore_progress(state: checkpoint.Checkpoint, data: dict, optimizer, schedu
     try:
         optimizer.load_state_dict(state.content["optimizer"])
         schedule.load_state_dict(state.content["schedule"])
-        history = [{name: row[name] for name in HISTORY_COLUMNS} for row in state.content["history"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{state.path} holds no usable training state ({runtime.one_line(error)})") from error
-    if len(history) != state.epoch:
-        raise UserError(f"{state.path} holds {len(history)} epochs of history, but says epoch {state.epoch}")
+        kinds = (int, *[float] * (len(HISTORY_COLUMNS) - 1))
+        history = [
+            {name: kind(row[name]) for name, kind in zip(HISTORY_COLUMNS, kinds, strict=True)}
+            for row in state.content["history"]
+        ]
+        require_progress(state, optimizer, schedule, history)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = runtime.one_line(error)[:120]
+        raise UserError(f"{state.path} holds no usable training state ({reason}); leave --resume out") from error
     return history
+
+
+def require_progress(state: checkpoint.Checkpoint, optimizer, schedule, history: list[dict[str, Any]]) -> None:
+    """ValueError unless optimizer, schedule and history stand where `state.epoch` says."""
+    if [row["epoch"] for row in history] != list(range(1, state.epoch + 1)):
+        raise ValueError(f"the history is not that of {state.epoch} epochs")
+    if state.content["schedule"].keys() != schedule_keys(schedule) or schedule.last_epoch != state.epoch:
+        raise ValueError("the schedule stands elsewhere")
+    rate = float(optimizer.param_groups[0]["lr"])
+    if not math.isclose(rate, schedule.get_last_lr()[0], rel_tol=1e-9, abs_tol=1e-30):
+        raise ValueError("learning rate and schedule disagree")
+    group = optimizer.param_groups[0]
+    buffers = "momentum" not in group or group["momentum"] > 0 or not isinstance(optimizer, torch.optim.SGD)
+    for parameter in group["params"]:
+        tensors = [value for value in optimizer.state.get(parameter, {}).values() if torch.is_tensor(value)]
+        wide = [tensor for tensor in tensors if tensor.dim()]
+        if (buffers and not wide and parameter.dim()) or any(tensor.shape != parameter.shape for tensor in wide):
+            raise ValueError("the optimizer lacks its buffers")
+
+
+def schedule_keys(schedule) -> set[str]:
+    """Names in the state of a schedule of this kind, made anew, so that a loaded state cannot have added to them."""
+    model = nn.Linear(1, 1)
+    fresh = make_schedule(make_optimizer("sgd", model, 0.1, 0.9, 0.0), schedule.T_max)
+    return set(fresh.state_dict())
 
 
 def draw_pictures(
@@ -298,10 +351,10 @@ class progress_bar(tqdm):
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
+    program, words = ("run.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
     args = parse_args(argv)
     return runtime.run_main(
-        lambda: train(args), lambda: runtime.command_line("run.py", words, *(["--resume"] if args.resume else []))
+        lambda: train(args), lambda: runtime.command_line(program, words, *(["--resume"] if args.resume else []))
     )
 
 

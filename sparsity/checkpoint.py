@@ -148,7 +148,8 @@ def _without_prefixes(name: str) -> str:
 
 def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
     """The tensor, dense and contiguous, floats as float32; UserError when it is of another kind or not finite."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+    plain = not tensor.is_nested and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_quantized or tensor.is_complex():
         raise UserError(f"{path}: {name} is not an ordinary dense tensor; save the network dense")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # a few bytes posing as gigabytes
         raise UserError(f"{path}: {name} claims more values than the file holds; save the network dense")
@@ -156,6 +157,8 @@ def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds NaN or Inf; the training that wrote it diverged")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise UserError(f"{path}: {name} holds a negative variance; the file is damaged")
     return tensor.detach().contiguous()
 
 
@@ -175,7 +178,7 @@ def _data_entry(path: Path, content: dict) -> dict | None:
     sound = (
         isinstance(data.get("dataset"), str)
         and isinstance(data.get("data_dir", ""), str)
-        and isinstance(size, int)
+        and type(size) is int
         and 1 <= size <= 4096
         and isinstance(classes, list)
         and all(isinstance(name, str) for name in classes)
@@ -203,4 +206,9 @@ def _misfits(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
-    return shapes + missing + foreign
+    types = [
+        f"{name} is of type {str(found[name].dtype).removeprefix('torch.')}"
+        for name, tensor in expected.items()
+        if name in found and found[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    return shapes + missing + foreign + types

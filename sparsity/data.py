@@ -65,7 +65,7 @@ class Source:
     @property
     def name(self) -> str:
         """What outputs are called after: the dataset, or the name of the folder."""
-        return self.data_dir.resolve().name if self.dataset == "folder" else self.dataset
+        return (self.data_dir.resolve().name or "folder") if self.dataset == "folder" else self.dataset
 
 
 def default_image_size(dataset: str) -> int:
@@ -205,7 +205,7 @@ def _load_folder(source: Source, train: bool) -> tuple[Tensor, Tensor, list[str]
             )
     wanted, other = ("train", "test") if train else ("test", "train")
     found = _image_folder(source.data_dir / wanted)
-    classes = [entry.name for entry in (source.data_dir / other).iterdir() if entry.is_dir()]
+    classes = _visible_folders(source.data_dir / other)
     if differing := sorted(set(found.classes) ^ set(classes)):
         raise UserError(
             f"{source.data_dir}/train and test hold different classes ({', '.join(differing[:3])}); make them the same"
@@ -225,9 +225,26 @@ def _load_folder(source: Source, train: bool) -> tuple[Tensor, Tensor, list[str]
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets), found.classes
 
 
+class _VisibleFolders(datasets.ImageFolder):
+    """An ImageFolder that takes no class from hidden folders, as editors leave them."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = _visible_folders(Path(directory))
+        return names, {name: index for index, name in enumerate(names)}
+
+
+def _visible_folders(folder: Path) -> list[str]:
+    """Names of the class folders, sorted as torchvision does."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    for name in (folder.resolve().parent.name, *names):
+        if not name.isprintable():  # control characters, and bytes that are not UTF-8
+            raise UserError(f"the folder name {name!r} in {str(folder)!r} cannot be printed; rename it")
+    return names
+
+
 def _image_folder(folder: Path) -> datasets.ImageFolder:
     try:
-        return datasets.ImageFolder(str(folder))
+        return _VisibleFolders(str(folder))
     except OSError as error:
         raise UserError(f"{folder} cannot be used ({one_line(error)}); every class folder needs images") from error
 

@@ -104,17 +104,18 @@ def evaluate(
     summed in float64.
     """
     dtype = next(network.parameters()).dtype
-    predictions, loss = [], torch.zeros((), dtype=torch.float64, device=split.images.device)
+    predictions, losses = [], []
     with torch.inference_mode():
         for start in range(0, len(split), batch_size):
             images, labels = split.images[start : start + batch_size], split.labels[start : start + batch_size]
             logits = network(normalise(images, split.mean, split.std, dtype)).float()
-            loss += F.cross_entropy(logits, labels, reduction="sum")
+            losses.append(F.cross_entropy(logits, labels, reduction="sum"))
             predictions.append(logits.argmax(dim=1))
             on_batch(len(labels))
     predicted = torch.cat(predictions).cpu()
     correct = int((predicted == split.labels.cpu()).sum())
-    return Evaluation(predicted, correct, len(split), float(loss) / len(split))
+    loss = float(torch.stack(losses).cpu().double().sum())  # not every device has float64
+    return Evaluation(predicted, correct, len(split), loss / len(split))
 
 
 def _following_batch_norm(node: fx.Node, layers: dict[fx.Node, nn.Module], calls: list[str]) -> fx.Node | None:

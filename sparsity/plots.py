@@ -2,6 +2,7 @@
 
 import csv
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically as PNG."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font lacks is drawn as boxes
+        figure.savefig(buffer, format="png", dpi=150)
     write_atomic(path, buffer.getbuffer())
 
 
@@ -49,7 +52,7 @@ def plot_sweep(files: SweepFiles) -> None:
     axes.set_xticks(range(0, 101, 10))
     axes.grid(alpha=0.25)
     axes.legend(loc="lower left", frameon=False, fontsize=9)
-    axes.set_title(header["title"], fontsize=11)
+    axes.set_title(_literal(header["title"]), fontsize=11)
     save_figure(figure, files.png)
 
 
@@ -103,14 +106,14 @@ def plot_training(table: Path, picture: Path, title: str) -> None:
     lines = [*axes.get_lines(), *right.get_lines()]
     names = [line.get_label() for line in lines]
     figure.legend(lines, names, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
-    axes.set_title(title, fontsize=11)
+    axes.set_title(_literal(title), fontsize=11)
     save_figure(figure, picture)
 
 
 def plot_confusion(table: Path, picture: Path, title: str) -> None:
     """A confusion matrix as counts, from a CSV with a column `true class` and one for each predicted class."""
     rows = _read_csv(table)
-    names = [row.pop("true class") for row in rows]
+    names = [_literal(row.pop("true class")) for row in rows]
     counts = np.array([[int(count) for count in row.values()] for row in rows])
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     size = float(np.clip(0.62 * len(names), 6.5, 24))
@@ -125,13 +128,18 @@ def plot_confusion(table: Path, picture: Path, title: str) -> None:
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=font)
     axes.set_yticks(range(len(names)), names, fontsize=font)
     axes.set(xlabel="predicted class", ylabel="true class (images)")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(_literal(title), fontsize=11)
     save_figure(figure, picture)
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _literal(text: str) -> str:
+    """Text as it is, where matplotlib would take what stands between dollar signs for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _cycle(values: tuple[str, ...]):

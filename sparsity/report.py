@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -47,6 +48,7 @@ class Row:
         return row_key(self.checkpoint, self.curve, self.level)
 
 
+WAYS_OUT = "measure again with --restart, or choose another --name"
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
@@ -186,6 +188,8 @@ def open_sweep(files: SweepFiles, header: dict[str, Any], labels: np.ndarray, re
         if found.rows:
             header["checkpoints"] = _recorded_names(found.header["checkpoints"], header["checkpoints"])
             _require_same(files, found.header, header)
+            if not np.array_equal(found.labels, labels):
+                raise UserError(f"{files.npz} holds other labels than the test images; {WAYS_OUT}")
             sweep.rows, sweep.predictions, sweep.dense = found.rows, found.predictions, found.dense
             header["dense"] = {name: found.header["dense"][name] for name in found.dense}
             sweep._sort()
@@ -193,25 +197,39 @@ def open_sweep(files: SweepFiles, header: dict[str, Any], labels: np.ndarray, re
             return sweep
     # Rows go before the new settings come, so that a kill in between cannot pair them.
     for path in (files.csv, files.npz):
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be replaced ({error.strerror}); remove it, or use another --name"
+            ) from error
     write_json(files.json, header)
     return sweep
 
 
 def _recorded_names(there: dict[str, dict], now: dict[str, dict]) -> dict[str, dict]:
     """The checkpoints of now, each under the name that its rows are recorded with: the hash tells which is which."""
-    names = {entry["sha256"]: name for name, entry in there.items()}
-    return {names.get(entry["sha256"], name): entry for name, entry in now.items()}
+    recorded = {entry["sha256"]: name for name, entry in there.items()}
+    hashes = {entry["sha256"] for entry in now.values()}
+    names = {}
+    for name, entry in now.items():
+        # The name may belong to rows of another file that is swept as well, under a new name.
+        taken = name in there and there[name]["sha256"] in hashes - {entry["sha256"]}
+        fresh = f"{name} ({entry['sha256'][:8]})" if taken else name
+        names[recorded.get(entry["sha256"], fresh)] = entry
+    return names
 
 
 def read_sweep(files: SweepFiles) -> Sweep:
-    """Read a sweep's files; rows without predictions are dropped. Raises UserError when a file is not readable."""
-    ways_out = "measure again with --restart, or choose another --name"
+    """Read a sweep's files. Raises UserError when one is not readable or does not fit the others.
+
+    Predictions without a row are dropped: the NPZ is written first, so a kill in between leaves one such.
+    """
     if not files.json.exists():
-        raise UserError(f"{files.csv} has no {files.json.name} beside it that tells its settings; {ways_out}")
+        raise UserError(f"{files.csv} has no {files.json.name} beside it that tells its settings; {WAYS_OUT}")
     damaged = files.json
     try:
-        header = json.loads(files.json.read_text())
+        header = _checked_header(json.loads(files.json.read_text()))
         damaged = files.npz
         with np.load(files.npz, allow_pickle=False) as arrays:
             sweep = Sweep(files, header, arrays["labels"])
@@ -223,14 +241,49 @@ def read_sweep(files: SweepFiles) -> Sweep:
             if missing := set(COLUMNS) - set(reader.fieldnames or ()):
                 raise ValueError(f"no column {min(missing)}")
             rows = [_parse_row(line) for line in reader]
-        sweep.rows = {row.key: row for row in rows if row.key in predictions}
+        sweep.rows = {row.key: row for row in rows}
         sweep.predictions = {key: predictions[key] for key in sweep.rows}
-        damaged = files.json
         sweep.dense = {name: dense[name] for name in header["dense"] if name in dense}
-        header["checkpoints"], header["settings"], header["data"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{damaged} cannot be read ({one_line(error)[:120]}); {ways_out}") from error
+        _require_consistent(sweep)
+    except (
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        EOFError,
+        RecursionError,
+        csv.Error,
+        zipfile.BadZipFile,
+    ) as error:
+        raise UserError(f"{damaged} cannot be read ({one_line(error)[:120]}); {WAYS_OUT}") from error
     return sweep
+
+
+def _checked_header(header: Any) -> dict[str, Any]:
+    """The content of a sweep's JSON, if its parts are what they should be; otherwise ValueError."""
+    parts = ("settings", "data", "checkpoints", "dense")
+    if not isinstance(header, dict) or not all(isinstance(header.get(part), dict) for part in parts):
+        raise ValueError(f"one of {', '.join(parts)} is missing")
+    entries = [*header["checkpoints"].values(), *header["dense"].values()]
+    if not all(isinstance(entry, dict) for entry in entries) or not isinstance(header["data"].get("classes"), list):
+        raise ValueError("an entry is not what it should be")
+    if not all(isinstance(entry.get("sha256"), str) for entry in header["checkpoints"].values()):
+        raise ValueError("a checkpoint has no hash")
+    if not all(math.isfinite(figures["accuracy"]) for figures in header["dense"].values()):
+        raise ValueError("an accuracy is not a number")
+    return header
+
+
+def _require_consistent(sweep: Sweep) -> None:
+    """Every row's accuracy is that of its predictions, and its checkpoint is known; otherwise ValueError."""
+    arrays = [sweep.labels, *sweep.predictions.values(), *sweep.dense.values()]
+    if any(array.shape != sweep.labels.shape or array.dtype.kind not in "iu" for array in arrays):
+        raise ValueError("its arrays are not class numbers of the same images")
+    for row in sweep.table():
+        if row.checkpoint not in sweep.header["checkpoints"]:
+            raise ValueError(f"a row belongs to the unknown checkpoint {row.checkpoint}")
+        if asdict(row) != asdict(row) | accuracy_columns(int(sweep.correct(row).sum()), len(sweep.labels)):
+            raise ValueError(f"accuracy and predictions disagree at level {level_text(row.level)}")
 
 
 def _parse_row(line: dict[str, str]) -> Row:

@@ -1,6 +1,7 @@
 """Device, precision, threads and seeds; files written whole or not at all; errors told in one line."""
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -40,6 +41,7 @@ def run_main(body: Callable[[], None], continue_command: Callable[[], str]) -> i
     def terminate(signum: int, frame: Any) -> None:
         raise Terminated
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         with memory_errors():
@@ -47,10 +49,11 @@ def run_main(body: Callable[[], None], continue_command: Callable[[], str]) -> i
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    except (
-        BrokenPipeError
-    ):  # whoever read our output is gone, as in `| head`: nothing is left to say, and nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a path too long, a disk that filled up, a reader of our output that is gone
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        # What is still buffered for stdout may meet the same error once more, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (KeyboardInterrupt, Terminated) as stop:
         status = 143 if isinstance(stop, Terminated) else 130
@@ -92,7 +95,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = one_line(error).split(". ")[0][:160]
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
     return device
@@ -187,8 +190,7 @@ def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
     """
     if isinstance(data, str):
         data = data.encode()
-    # One fixed name, so that what a kill leaves behind is overwritten by the next write.
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
             with temporary.open("wb") as file:
@@ -196,12 +198,31 @@ def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            _remove_leftovers(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _fsync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove half-written files of processes that were killed while they wrote `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = leftover.name.split(".")[-2]
+        if process.isdecimal() and not _is_running(int(process)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, but is not ours
+        return True
+    return True
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -30,12 +30,10 @@ def summary_table(sweep: Sweep) -> str:
 
 
 def summarise(sweep: Sweep, curve: tuple[str, str, str], tolerance: float) -> dict[str, Any]:
-    """The chosen level of a curve, over the checkpoints that have all of its levels, as an entry of the JSON."""
-    levels = sweep.curves()[curve]
-    names = [
-        name for name in sweep.dense if all(any(row.checkpoint == name for row in rows) for rows in levels.values())
-    ]
-    by_level = [[sweep.correct(row) for row in rows if row.checkpoint in names] for rows in levels.values()]
+    """The chosen level of a curve, among the levels that all of its checkpoints have, as an entry of the JSON."""
+    names = [name for name in sweep.dense if any(row.checkpoint == name for row in sweep.table() if row.curve == curve)]
+    levels = {level: rows for level, rows in sweep.curves()[curve].items() if len(rows) == len(names)}
+    by_level = [[sweep.correct(row) for row in rows] for rows in levels.values()]
     dense = [sweep.dense[name] == sweep.labels for name in names]
     choice = choose_level(list(levels), by_level, dense, sweep.labels, tolerance / 100)
     return {

@@ -1,5 +1,6 @@
 """Optimizers, the schedule and one epoch of training."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -63,8 +64,8 @@ def train_one_epoch(
     CPU at the step where it happens, elsewhere within 20 steps, so that the device is not waited for at each step.
     """
     model.train()
-    loss_sum = correct = None
-    total, check_every = 0, 1
+    losses, hits = [], []  # of the steps since the device was asked last
+    loss_sum, correct, total = 0.0, 0, 0
     for step, (images, labels) in enumerate(batches, start=1):
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             logits = model(images)
@@ -72,23 +73,27 @@ def train_one_epoch(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        with torch.no_grad():
-            batch_loss, batch_correct = loss.double() * len(labels), (logits.argmax(dim=1) == labels).sum()
-            loss_sum = batch_loss if loss_sum is None else loss_sum + batch_loss
-            correct = batch_correct if correct is None else correct + batch_correct
+        losses.append(loss.detach() * len(labels))
+        hits.append((logits.detach().argmax(dim=1) == labels).sum())
         total += len(labels)
-        check_every = 1 if images.device.type == "cpu" else 20
-        if step % check_every == 0:
-            mean = float(loss_sum) / total
-            _require_finite(mean, epoch, step, optimizer)
-            on_batch(total, mean)
-    mean = float(loss_sum) / total
-    _require_finite(mean, epoch, step, optimizer)
-    return EpochResult(mean, int(correct), total)
+        if step % (1 if images.device.type == "cpu" else 20) == 0:
+            loss_sum, correct = loss_sum + _total(losses), correct + int(_total(hits))
+            _require_finite(loss_sum, epoch, step, optimizer)
+            on_batch(total, loss_sum / total)
+    loss_sum, correct = loss_sum + _total(losses), correct + int(_total(hits))
+    _require_finite(loss_sum, epoch, step, optimizer)
+    return EpochResult(loss_sum / total, correct, total)
+
+
+def _total(values: list[Tensor]) -> float:
+    """Sum of scalars on a device, in float64 on the CPU; empties the list."""
+    total = float(torch.stack(values).cpu().double().sum()) if values else 0.0
+    values.clear()
+    return total
 
 
 def _require_finite(loss: float, epoch: int, step: int, optimizer: optim.Optimizer) -> None:
-    if not torch.isfinite(torch.tensor(loss)):
+    if not math.isfinite(loss):
         rate = optimizer.param_groups[0]["lr"]
         raise UserError(
             f"the loss is {loss} at epoch {epoch}, step {step}, learning rate {rate:g}; "

@@ -127,5 +127,5 @@ def test_an_interruption_is_one_line_with_the_way_on(images, tmp_path, number, s
     assert found == status
     lines = err.strip().splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("interrupted; to go on: python run.py --dataset folder")
+    assert lines[0].startswith(f"interrupted; to go on: python {ROOT}/run.py --dataset folder")
     assert lines[0].endswith("--resume")

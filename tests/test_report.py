@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsity import report
-from sparsity.report import COLUMNS, Row, open_sweep, read_sweep
+from sparsity.report import COLUMNS, Row, accuracy_columns, open_sweep, read_sweep
 from sparsity.runtime import UserError
 
 CURVE = ("l1", "uniform", "none")
@@ -23,7 +23,8 @@ def header(**changes):
 
 
 def row(level, checkpoint="one.pth"):
-    values = dict.fromkeys(COLUMNS[5:], 1) | {"sparsity": 10.5, "accuracy": 75.0}
+    values = dict.fromkeys(COLUMNS[5:], 1) | {"sparsity": 10.5}
+    values |= accuracy_columns(int((predictions(level) == LABELS).sum()), len(LABELS))
     return Row(checkpoint, *CURVE, level=level, **values)
 
 
@@ -78,7 +79,7 @@ def test_another_checkpoint_may_be_added_but_none_replaced(files):
     both = header()
     both["checkpoints"] = both["checkpoints"] | {"two.pth": {"sha256": "2"}}
     sweep = open_sweep(files, both, LABELS, restart=False)
-    sweep.add(row(0.0, "two.pth"), predictions(1))
+    sweep.add(row(0.0, "two.pth"), predictions(0))
     assert [each.checkpoint for each in read_sweep(files).table()] == ["one.pth", "one.pth", "two.pth"]
     with pytest.raises(UserError, match="checkpoint"):
         open_sweep(files, header(), LABELS, restart=False)
@@ -141,8 +142,8 @@ def test_many_classes_need_wider_predictions(files):
     wide = header()
     wide["data"]["classes"] = [str(index) for index in range(300)]
     sweep = open_sweep(files, wide, LABELS, restart=False)
-    sweep.add(row(0.0), LABELS + 260)
-    assert np.array_equal(read_sweep(files).predictions[row(0.0).key], LABELS + 260)
+    sweep.add(row(1.0), LABELS + 260)
+    assert np.array_equal(read_sweep(files).predictions[row(1.0).key], LABELS + 260)
 
 
 def test_levels_are_told_as_a_person_writes_them():

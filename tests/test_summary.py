@@ -2,19 +2,17 @@
 
 import json
 
-import numpy as np
 import pytest
 from test_report import CURVE, LABELS, fill, predictions, row
 
 from sparsity import summary
-from sparsity.report import read_sweep
 
 
 def test_the_table_shows_every_level(files):
     text = summary.summary_table(fill(files))
     assert "95 % interval" in text
     assert len(text.splitlines()) == 4
-    assert text.splitlines()[-1].split()[:3] == ["40", "10.50", "75.00"]
+    assert text.splitlines()[-1].split()[:3] == ["40", "10.50", "0.00"]
 
 
 def test_the_summary_follows_from_the_predictions(files):
@@ -40,12 +38,20 @@ def test_shares_become_percent(share):
     assert summary.percent(float("nan")) is None
 
 
-def test_a_level_that_one_checkpoint_lacks_leaves_that_checkpoint_out(files):
+def test_only_levels_that_all_checkpoints_have_can_be_chosen(files):
     sweep = fill(files, (0.0, 3.0))
     sweep.header["checkpoints"]["two.pth"] = {"sha256": "2"}
     sweep.add_dense("two.pth", LABELS, {"accuracy": 100.0, "loss": 0.1})
-    sweep.add(row(0.0, "two.pth"), np.zeros(40, dtype=int))
+    sweep.add(row(0.0, "two.pth"), predictions(0))
     entry = summary.summarise(sweep, CURVE, tolerance=1.0)
-    assert (entry["level"], entry["accuracy"]) == (3.0, 100.0)
-    assert len(read_sweep(files).table()) == 3
-    assert predictions(3).tolist() == LABELS.tolist()
+    assert (entry["level"], entry["accuracy"]) == (0.0, 100.0)
+    sweep.add(row(3.0, "two.pth"), predictions(3))
+    assert summary.summarise(sweep, CURVE, tolerance=1.0)["level"] == 3.0
+
+
+def test_no_level_in_common_is_no_choice(files):
+    sweep = fill(files, (0.0,))
+    sweep.header["checkpoints"]["two.pth"] = {"sha256": "2"}
+    sweep.add_dense("two.pth", LABELS, {"accuracy": 100.0, "loss": 0.1})
+    sweep.add(row(3.0, "two.pth"), predictions(3))
+    assert summary.summarise(sweep, CURVE, tolerance=1.0)["level"] is None
