@@ -52,8 +52,7 @@ def run_main(body: Callable[[], None], continue_command: Callable[[], str]) -> i
     except OSError as error:  # a path too long, a disk that filled up, a reader of our output that is gone
         if not isinstance(error, BrokenPipeError):
             print(f"error: {one_line(error)}", file=sys.stderr)
-        # What is still buffered for stdout may meet the same error once more, at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _give_up_broken_stdout()
         return 1
     except (KeyboardInterrupt, Terminated) as stop:
         status = 143 if isinstance(stop, Terminated) else 130
@@ -62,6 +61,14 @@ def run_main(body: Callable[[], None], continue_command: Callable[[], str]) -> i
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def _give_up_broken_stdout() -> None:
+    """Where stdout takes no more, send it nowhere, or Python would fail once more when it flushes at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error: object) -> str:

@@ -153,6 +153,25 @@ BAD = {
         lambda state, path: write(path, {"net": state, "model": SPEC | {"width": 10**12}}),
         "does not describe a network|does not fit",
     ),
+    "whole numbers": (lambda state, path: write(path, with_entry(state, "conv1.weight", lambda v: v.long())), "int64"),
+    "negative variance": (
+        lambda state, path: write(path, with_entry(state, "bn1.running_var", lambda v: v - 5)),
+        "bn1.running_var holds a negative variance",
+    ),
+    "arch is a list": (
+        lambda state, path: write(path, {"net": state, "model": SPEC | {"arch": ["x"]}}),
+        "unknown arch",
+    ),
+    "size is true": (
+        lambda state, path: write(
+            path,
+            {
+                "net": state,
+                "data": {"dataset": "folder", "image_size": True, "classes": [], "mean": [0, 0, 0], "std": [1, 1, 1]},
+            },
+        ),
+        "entry 'data'",
+    ),
     "model is text": (lambda state, path: write(path, {"net": state, "model": "resnet18"}), "'model' is a str"),
     "data incomplete": (
         lambda state, path: write(path, {"net": state, "data": {"dataset": "cifar10"}}),

@@ -141,6 +141,22 @@ def test_a_broken_folder_is_told_in_one_line(tmp_path, damage, said):
     assert "\n" not in str(caught.value)
 
 
+def test_hidden_folders_are_no_classes(tmp_path):
+    root = write_image_folder(tmp_path / "images", train=2, test=2)
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    split, classes = load_split(Source("folder", root, 8), train=True)
+    assert classes == list(CLASSES)
+    assert len(split) == 6
+
+
+def test_a_class_name_that_cannot_be_printed_is_told(tmp_path):
+    root = write_image_folder(tmp_path / "images", train=2, test=2)
+    for split in ("train", "test"):
+        (root / split / "red").rename(root / split / b"r\xffd".decode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match="cannot be printed; rename it"):
+        load_split(Source("folder", root, 8), train=True)
+
+
 def test_synthetic_images_are_made_the_same_each_time_and_apart_from_the_other_split():
     source = Source("synthetic", None, 16)
     first, classes = load_split(source, train=False)

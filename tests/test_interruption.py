@@ -116,6 +116,14 @@ def test_a_killed_sweep_continues_with_the_missing_levels(undisturbed_sweep, swe
         assert all(np.array_equal(mine[key], other[key]) for key in other.files)
 
 
+@pytest.mark.parametrize("moment", [0.3, 1.0])
+@pytest.mark.parametrize("script", ["run.py", "pruning.py"])
+def test_an_interruption_while_torch_is_imported_is_one_line(script, moment):
+    process = subprocess.Popen([sys.executable, str(ROOT / script)], stderr=subprocess.PIPE, text=True)
+    status, err = kill_after(process, moment, signal.SIGINT)
+    assert (status, err.strip()) == (130, "interrupted before anything was done")
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_is_one_line_with_the_way_on(images, tmp_path, number, status):
     flags = training_flags(images, tmp_path)

@@ -181,6 +181,30 @@ def test_a_checkpoint_that_has_zeros_is_swept_like_any_other(tiny_checkpoint, tm
     assert 5 < sparsity[0] < 50 < sparsity[1] < 100 == sparsity[2]
 
 
+def test_a_renamed_checkpoint_and_another_under_its_old_name(image_folder, tiny_checkpoint, tmp_path):
+    assert run.main(train_arguments(image_folder, tmp_path, "--epochs", "1", "--seed", "1")) == 0
+    old, new = tmp_path / "net.pth", tmp_path / "net_old.pth"
+    old.write_bytes(tiny_checkpoint.read_bytes())
+    assert sweep(tmp_path, "--checkpoint", old, "--levels", "0,50") == 0
+    old.rename(new)
+    old.write_bytes((tmp_path / "checkpoints" / "colours_resnet18_ckpt_epoch1.pth").read_bytes())
+    table = tmp_path / "colours_resnet18_pruning.csv"
+    first = rows_of(table)
+    assert sweep(tmp_path, "--checkpoint", old, new, "--levels", "0,50") == 0
+    rows = rows_of(table)
+    assert [row for row in rows if row["checkpoint"] == "net.pth"] == first
+    assert len(rows) == 4
+    assert sweep(tmp_path, "--checkpoint", old, "--levels", "0,50") == 1  # the rows of the other would be lost
+
+
+def test_weights_beyond_all_bounds_are_told(tiny_checkpoint, tmp_path, capsys):
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    content["net"]["linear.weight"].fill_(3e38)
+    torch.save(content, tmp_path / "huge.pth")
+    assert sweep(tmp_path, "--checkpoint", tmp_path / "huge.pth", "--levels", "0") == 1
+    assert "outputs that are not finite" in capsys.readouterr().err
+
+
 def test_synthetic_stays_in_the_name(tiny_checkpoint):
     from sparsity.data import Source
 
@@ -197,6 +221,8 @@ def test_synthetic_stays_in_the_name(tiny_checkpoint):
         ("0:1:0.1", [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
         ("90,0,40,40", [0, 40, 90]),
         ("99.5", [99.5]),
+        ("50,50.00000000001", [50]),
+        ("0,1e-400", [0]),
         ("0:99:50", [0, 50]),
     ],
 )

@@ -131,6 +131,55 @@ def test_damaged_files_are_named(files, suffix, content):
         read_sweep(files)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("settings", None),
+        ("data", []),
+        ("data", {}),
+        ("checkpoints", {}),
+        ("checkpoints", {"one.pth": 5}),
+        ("checkpoints", {"one.pth": {}}),
+        ("dense", {"one.pth": {"accuracy": "x"}}),
+        ("dense", {"one.pth": {}}),
+        ("dense", 5),
+    ],
+)
+def test_a_header_of_another_shape_is_damage(files, part, value):
+    fill(files)
+    content = json.loads(files.json.read_text()) | {part: value}
+    files.json.write_text(json.dumps(content))
+    before = {path: path.read_bytes() for path in files.stem.parent.iterdir()}
+    with pytest.raises(UserError, match="cannot be read"):
+        open_sweep(files, header(), LABELS, restart=False)
+    assert {path: path.read_bytes() for path in files.stem.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("rows", lambda array: np.arange(2)),
+        ("rows", lambda array: array[:1]),
+        ("predictions", lambda array: array[:, :5]),
+        ("predictions", lambda array: array.astype(float)),
+        ("predictions", lambda array: (array + 1) % 4),
+        ("dense_predictions", lambda array: array[:, :5]),
+        ("labels", lambda array: array[::-1]),
+        ("labels", lambda array: array[:5]),
+        ("labels", lambda array: np.array([None, 1])),
+    ],
+)
+def test_predictions_that_do_not_fit_the_rows_are_damage(files, name, change):
+    fill(files)
+    with np.load(files.npz) as found:
+        arrays = dict(found)
+    np.savez(files.npz, **arrays | {name: change(arrays[name])})
+    before = {path: path.read_bytes() for path in files.stem.parent.iterdir()}
+    with pytest.raises(UserError, match=r"net_pruning.*--restart"):
+        open_sweep(files, header(), LABELS, restart=False)
+    assert {path: path.read_bytes() for path in files.stem.parent.iterdir()} == before
+
+
 def test_rows_without_their_settings_are_not_trusted(files):
     fill(files)
     files.json.unlink()

@@ -129,6 +129,84 @@ def test_a_contradicting_flag_is_named_and_nothing_is_touched(image_folder, tmp_
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_resuming_with_automatic_choices_keeps_the_saved_ones(image_folder, tmp_path):
+    assert train(image_folder, tmp_path, "--epochs", "1") == 0  # in float32
+    assert train(image_folder, tmp_path, "--epochs", "2", "--resume", "--precision", "auto", "--device", "auto") == 0
+    saved = checkpoint.load(tmp_path / "checkpoints" / "colours_resnet18_last.pth")
+    assert (saved.epoch, saved.settings["precision"]) == (2, "fp32")
+
+
+def test_a_run_goes_on_in_its_own_files_when_the_images_moved(image_folder, tmp_path):
+    assert train(image_folder, tmp_path, "--epochs", "1") == 0
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(image_folder)
+    places = train_arguments(image_folder, tmp_path)[4:8]
+    assert run.main(["--resume", "--epochs", "2", "--data_dir", str(moved), *places]) == 0
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {f"colours_resnet18_{end}.pth" for end in ("last", "ckpt_epoch1", "ckpt_epoch2")}
+
+
+def change(content, path, value):
+    """Put a value into nested dictionaries and lists, for a path such as 'settings/batch_size'."""
+    *parents, last = [int(key) if key.isdecimal() else key for key in path.split("/")]
+    for key in parents:
+        content = content[key]
+    content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("settings/batch_size", -5),
+        ("settings/batch_size", None),
+        ("settings/optimizer", "foo"),
+        ("settings/optimizer", []),
+        ("settings/precision", "fp8"),
+        ("settings/seed", "x"),
+        ("settings/arch", "resnet999"),
+        ("settings/weight_decay", None),
+        ("settings/dataset", ["x"]),
+        ("settings/image_size", 10**9),
+        ("optimizer", None),
+        ("optimizer/state", {}),
+        ("optimizer/state/0/momentum_buffer", torch.zeros(2)),
+        ("optimizer/param_groups/0/lr", "x"),
+        ("optimizer/param_groups/0/params", [0]),
+        ("schedule", {}),
+        ("schedule", None),
+        ("schedule/last_epoch", 9),
+        ("schedule/step", 5),
+        ("history", []),
+        ("history/0/epoch", "x"),
+        ("history/0/loss", None),
+        ("history/0", 5),
+        ("data/training_sha256", "other"),
+        ("epoch", 2),
+        ("net", {}),
+    ],
+)
+def test_a_damaged_training_state_is_refused_and_stays(image_folder, trained_once, tmp_path, capsys, path, value):
+    content = states(trained_once / "checkpoints" / "colours_resnet18_last.pth")
+    change(content, path, value)
+    (tmp_path / "checkpoints").mkdir()
+    state = tmp_path / "checkpoints" / "colours_resnet18_last.pth"
+    torch.save(content, state)
+    before = state.read_bytes()
+    places = train_arguments(image_folder, tmp_path)[4:8]
+    assert run.main(["--resume", "--epochs", "3", *places]) == 1
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1
+    assert str(state) in err
+    assert state.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def trained_once(image_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("once")
+    assert train(image_folder, out, "--epochs", "1") == 0
+    return out
+
+
 def test_a_diverging_run_stops_and_the_last_good_files_stay(image_folder, tmp_path, capsys):
     assert train(image_folder, tmp_path, "--epochs", "1") == 0
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process in (dead.pid, os.getppid()):
+        (tmp_path / f".file.{process}.tmp").touch()
+    runtime.write_atomic(tmp_path / "file", "x")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", f".file.{os.getppid()}.tmp"}
+
+
 def test_written_files_have_ordinary_permissions(tmp_path):
     runtime.write_atomic(tmp_path / "file", "x")
     (tmp_path / "other").write_text("x")
@@ -81,6 +91,7 @@ def fail(error):
             1,
             "error: out of memory; use a smaller --batch_size, network or image\n",
         ),
+        (fail(OSError(28, "No space left on device")), 1, "error: [Errno 28] No space left on device\n"),
         (fail(MemoryError()), 1, "error: out of memory; use a smaller --batch_size, network or image\n"),
     ],
 )
