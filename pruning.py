@@ -33,7 +33,7 @@ from sparsity.data import (
     load_split,
 )
 from sparsity.evaluation import default_batch_size, evaluate, inference_copy, refresh
-from sparsity.flags import add_machine_flags, apply_threads, integer, number
+from sparsity.flags import add_machine_flags, integer, number, set_up_machine
 from sparsity.masks import Census, census, positions_per_image, prunable_layers, prune_l1_uniform
 from sparsity.report import Row, Sweep, SweepFiles, level_text, row_key
 from sparsity.runtime import UserError
@@ -108,6 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def sweep_levels(args: argparse.Namespace) -> None:
     """The whole run: everything that can fail is checked first, then the levels, then the plot."""
     device = set_up_machine(args)
+    args.batch_size = args.batch_size or default_batch_size(device)
     runtime.prepare_folder(args.images_dir, "--images_dir", 64 << 20)
     paths = args.checkpoint or [checkpoint.newest(Path("checkpoints"))]
     checkpoints = describe_checkpoints(paths)
@@ -141,7 +142,6 @@ def sweep_levels(args: argparse.Namespace) -> None:
                 raise UserError(f"{path} was replaced while it was being swept; start again")
             dense.to(device)
             if name not in sweep.dense:
-                bar.set_description("dense")
                 refresh(inference, dense)
                 result = evaluate(inference, test, args.batch_size, bar.update)
                 if not math.isfinite(result.loss):
@@ -152,7 +152,6 @@ def sweep_levels(args: argparse.Namespace) -> None:
                 started = time.perf_counter()
                 counts = prune_and_refresh(inference, dense, prunable, positions, level)
                 result = evaluate(inference, test, args.batch_size, bar.update)
-                predictions = result.predictions.numpy()
                 row = Row(
                     name,
                     *curve,
@@ -160,24 +159,13 @@ def sweep_levels(args: argparse.Namespace) -> None:
                     **count_columns(counts),
                     **report.accuracy_columns(result.correct, result.total),
                     loss=round(result.loss, 6),
-                    agreement=round(100 * float((predictions == sweep.dense[name]).mean()), 6),
+                    agreement=round(100 * float((result.predictions.numpy() == sweep.dense[name]).mean()), 6),
                     seconds=round(time.perf_counter() - started, 3),
                 )
-                sweep.add(row, predictions)
+                sweep.add(row, result.predictions.numpy())
                 bar.write(f"{level_text(level):>5} % pruned: accuracy {row.accuracy:6.2f} %, {row.seconds:.1f} s")
 
     conclude(sweep, args.tolerance)
-
-
-def set_up_machine(args: argparse.Namespace) -> torch.device:
-    """Make every automatic choice, in `args`, and seed; before anything is drawn."""
-    device = runtime.resolve_device(args.device)
-    args.device = str(device)
-    args.precision = runtime.resolve_precision(args.precision, device)
-    args.batch_size = args.batch_size or default_batch_size(device)
-    args.threads = apply_threads(args.threads)
-    runtime.seed_everything(args.seed)
-    return device
 
 
 def prune_and_refresh(

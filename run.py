@@ -6,7 +6,6 @@ if __name__ == "__main__":
     answer_interrupts()
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
@@ -28,9 +27,9 @@ from sparsity.data import (
     training_batches,
 )
 from sparsity.evaluation import Evaluation, default_batch_size, evaluate, inference_copy, refresh
-from sparsity.flags import add_machine_flags, apply_threads, integer, number, parse_with_explicit
+from sparsity.flags import add_machine_flags, integer, number, parse_with_explicit, set_up_machine
 from sparsity.runtime import UserError
-from sparsity.training import OPTIMIZERS, make_optimizer, make_schedule, train_one_epoch
+from sparsity.training import OPTIMIZERS, make_optimizer, make_schedule, require_progress, train_one_epoch
 
 # What makes one experiment differ from another; a resumed run must not change these.
 EXPERIMENT = (
@@ -228,16 +227,6 @@ def train(args: argparse.Namespace) -> None:
     draw_pictures(args, stem, history, final, test, data)
 
 
-def set_up_machine(args: argparse.Namespace) -> torch.device:
-    """Make every automatic choice, in `args`, and seed; before anything is drawn."""
-    device = runtime.resolve_device(args.device)
-    args.device = str(device)
-    args.precision = runtime.resolve_precision(args.precision, device)
-    args.threads = apply_threads(args.threads)
-    runtime.seed_everything(args.seed)
-    return device
-
-
 def load_images(source: Source) -> tuple[Split, Split, dict[str, Any]]:
     """Training images, test images in the fixed order, and the description of both that a checkpoint keeps."""
     training, classes = load_split(source, train=True)
@@ -284,36 +273,11 @@ def restore_progress(state: checkpoint.Checkpoint, data: dict, optimizer, schedu
             {name: kind(row[name]) for name, kind in zip(HISTORY_COLUMNS, kinds, strict=True)}
             for row in state.content["history"]
         ]
-        require_progress(state, optimizer, schedule, history)
+        require_progress(optimizer, schedule, state.content["schedule"], [row["epoch"] for row in history], state.epoch)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = runtime.one_line(error)[:120]
         raise UserError(f"{state.path} holds no usable training state ({reason}); leave --resume out") from error
     return history
-
-
-def require_progress(state: checkpoint.Checkpoint, optimizer, schedule, history: list[dict[str, Any]]) -> None:
-    """ValueError unless optimizer, schedule and history stand where `state.epoch` says."""
-    if [row["epoch"] for row in history] != list(range(1, state.epoch + 1)):
-        raise ValueError(f"the history is not that of {state.epoch} epochs")
-    if state.content["schedule"].keys() != schedule_keys(schedule) or schedule.last_epoch != state.epoch:
-        raise ValueError("the schedule stands elsewhere")
-    rate = float(optimizer.param_groups[0]["lr"])
-    if not math.isclose(rate, schedule.get_last_lr()[0], rel_tol=1e-9, abs_tol=1e-30):
-        raise ValueError("learning rate and schedule disagree")
-    group = optimizer.param_groups[0]
-    buffers = "momentum" not in group or group["momentum"] > 0 or not isinstance(optimizer, torch.optim.SGD)
-    for parameter in group["params"]:
-        tensors = [value for value in optimizer.state.get(parameter, {}).values() if torch.is_tensor(value)]
-        wide = [tensor for tensor in tensors if tensor.dim()]
-        if (buffers and not wide and parameter.dim()) or any(tensor.shape != parameter.shape for tensor in wide):
-            raise ValueError("the optimizer lacks its buffers")
-
-
-def schedule_keys(schedule) -> set[str]:
-    """Names in the state of a schedule of this kind, made anew, so that a loaded state cannot have added to them."""
-    model = nn.Linear(1, 1)
-    fresh = make_schedule(make_optimizer("sgd", model, 0.1, 0.9, 0.0), schedule.T_max)
-    return set(fresh.state_dict())
 
 
 def draw_pictures(

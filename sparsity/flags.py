@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from sparsity.runtime import resolve_device, resolve_precision, seed_everything
+
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
@@ -89,3 +91,13 @@ def apply_threads(threads: int | None) -> int:
     if threads:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def set_up_machine(args: argparse.Namespace) -> torch.device:
+    """Make the automatic choices of device, precision and threads, in `args`, and seed; before anything is drawn."""
+    device = resolve_device(args.device)
+    args.device = str(device)
+    args.precision = resolve_precision(args.precision, device)
+    args.threads = apply_threads(args.threads)
+    seed_everything(args.seed)
+    return device

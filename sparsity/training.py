@@ -85,6 +85,30 @@ def train_one_epoch(
     return EpochResult(loss_sum / total, correct, total)
 
 
+def require_progress(
+    optimizer: optim.Optimizer, schedule: optim.lr_scheduler.LRScheduler, saved: dict, epochs: list[int], epoch: int
+) -> None:
+    """ValueError unless a loaded optimizer, schedule and history all stand after `epoch`.
+
+    `saved` is the state that `schedule` was loaded from, `epochs` the epochs in the history.
+    """
+    if epochs != list(range(1, epoch + 1)):
+        raise ValueError(f"the history is not that of {epoch} epochs")
+    # A schedule made anew, because loading may have added to this one whatever the file held.
+    fresh = make_schedule(make_optimizer("sgd", nn.Linear(1, 1), 0.1, 0.9, 0.0), schedule.T_max)
+    if saved.keys() != fresh.state_dict().keys() or schedule.last_epoch != epoch:
+        raise ValueError("the schedule stands elsewhere")
+    group = optimizer.param_groups[0]
+    if not math.isclose(float(group["lr"]), schedule.get_last_lr()[0], rel_tol=1e-9, abs_tol=1e-30):
+        raise ValueError("learning rate and schedule disagree")
+    buffers = group["momentum"] > 0 if isinstance(optimizer, optim.SGD) else True
+    for parameter in group["params"]:
+        tensors = [value for value in optimizer.state.get(parameter, {}).values() if torch.is_tensor(value)]
+        wide = [tensor for tensor in tensors if tensor.dim()]  # apart from counts of steps
+        if (buffers and not wide) or any(tensor.shape != parameter.shape for tensor in wide):
+            raise ValueError("the optimizer lacks its buffers")
+
+
 def _total(values: list[Tensor]) -> float:
     """Sum of scalars on a device, in float64 on the CPU; empties the list."""
     total = float(torch.stack(values).cpu().double().sum()) if values else 0.0
