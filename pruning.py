@@ -6,12 +6,9 @@ if __name__ == "__main__":
     answer_interrupts()
 
 import argparse
-import copy
 import dataclasses
-import math
 import sys
 import time
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +17,39 @@ from torch import nn
 from tqdm import tqdm
 
 import Build_Resnet
-from sparsity import checkpoint, plots, report, runtime, summary
+from sparsity import chain, checkpoint, forecast, heatmaps, inputs, plots, report, runtime, summary
+from sparsity.allocation import ALLOCATIONS
+from sparsity.bench import Bench, measure, measure_dense
 from sparsity.checkpoint import Checkpoint
-from sparsity.data import (
-    CIFAR10_STATISTICS,
-    CIFAR100_STATISTICS,
-    DATASETS,
-    Source,
-    Split,
-    class_balanced_order,
-    default_image_size,
-    load_split,
+from sparsity.criteria import CRITERIA
+from sparsity.data import DATASETS, Source, Split
+from sparsity.evaluation import default_batch_size, inference_copy
+from sparsity.flags import (
+    add_machine_flags,
+    integer,
+    levels_type,
+    number,
+    parse_with_explicit,
+    rate_type,
+    set_up_machine,
+    stem_type,
 )
-from sparsity.evaluation import default_batch_size, evaluate, inference_copy, refresh
-from sparsity.flags import add_machine_flags, integer, number, set_up_machine
-from sparsity.masks import Census, census, positions_per_image, prunable_layers, prune_l1_uniform
-from sparsity.report import Row, Sweep, SweepFiles, level_text, row_key
+from sparsity.header import Curve
+from sparsity.masks import exclude, positions_per_image, prunable_layers
+from sparsity.panel import (
+    SENSITIVITY_IMAGES,
+    SENSITIVITY_LEVELS,
+    Panel,
+    missing_curves,
+    product_panel,
+    sensitivity_panel,
+    standard_panel,
+)
+from sparsity.pruner import Pruner, baked
+from sparsity.recovery import RECOVERIES, Means
+from sparsity.report import Sweep, SweepFiles
+from sparsity.rows import level_text, row_key
 from sparsity.runtime import UserError
-
-
-def levels_type(text: str) -> list[float]:
-    """Levels in percent, ascending: 'start:stop:step' with stop included, or a list 'a,b,c'."""
-    try:
-        if ":" in text:
-            start, stop, step = (Decimal(part) for part in text.split(":"))
-            if not (start.is_finite() and stop.is_finite() and step.is_finite()) or step <= 0 or start > stop:
-                raise ValueError
-            if (stop - start) / step > 10_000:
-                raise argparse.ArgumentTypeError(f"{text!r} is more than 10,000 levels")
-            # Decimals, so that 0:1:0.1 ends at 1 and holds 0.3 instead of 0.30000000000000004.
-            levels = [start + step * index for index in range(int((stop - start) / step) + 1)]
-        else:
-            levels = [Decimal(part) for part in text.split(",")]
-        if not all(0 <= level <= 100 for level in levels):  # also refuses nan
-            raise argparse.ArgumentTypeError(f"{text!r} has a level outside 0 to 100 percent")
-    except (ValueError, ArithmeticError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither start:stop:step nor a list such as 0,40,90") from error
-    return sorted({float(level_text(float(level))) for level in levels})  # levels of equal text are one level
-
-
-def stem_type(text: str) -> str:
-    """A file name's stem, without folders."""
-    if not text.isprintable() or Path(text).name != text or text.startswith(".") or len(text.encode()) > 200:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name for files in --images_dir")
-    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,12 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="0:100:5",
         help="percent: start:stop:step or a list such as 0,40,99.5 (%(default)s)",
     )
-    parser.add_argument("--criterion", choices=("l1",), default="l1", help="what a weight is worth (%(default)s)")
-    parser.add_argument(
-        "--allocation", choices=("uniform",), default="uniform", help="how a level is dealt to the layers (%(default)s)"
-    )
-    parser.add_argument("--recover", choices=("none",), default="none", help="what is done after pruning (%(default)s)")
-    parser.add_argument("--dataset", choices=DATASETS, help="test images (from the checkpoint)")
+    add_method_flags(parser)
+    parser.add_argument("--dataset", choices=DATASETS, help="images to test on (from the checkpoint)")
     parser.add_argument("--data_dir", type=Path, help="where they are (from the checkpoint)")
     parser.add_argument("--max_test_images", type=integer(1), help="the first N of a fixed, class-balanced order (all)")
     parser.add_argument("--batch_size", type=integer(1), help="images at a time (32 on a CPU, 500 on a GPU)")
@@ -101,98 +83,160 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say what is pruned and what is done afterwards; lists, of which every combination is a curve."""
+    for flag, choices, default, text in (
+        ("--criterion", CRITERIA, "l1", "what a weight is worth; gradient reads labels"),
+        ("--allocation", ALLOCATIONS, "uniform", "how a level is dealt to the layers"),
+        ("--recover", RECOVERIES, "none", "what is done after pruning; only finetune reads labels"),
+    ):
+        parser.add_argument(
+            flag, choices=tuple(choices), nargs="+", default=[default], help=f"{text}; one or more ({default})"
+        )
+    parser.add_argument("--compare", action="store_true", help="the standard panel of nine curves instead of these")
+    parser.add_argument("--sensitivity", action="store_true", help="prune one layer at a time and map the damage")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="weights that stay dense, as globs")
+    parser.add_argument(
+        "--schedule",
+        choices=("oneshot", "iterative"),
+        default="oneshot",
+        help="a level starts from the dense network, or from the level before it (%(default)s)",
+    )
+    parser.add_argument(
+        "--calibration_images", type=integer(2), help="of the training split (2048, or all where there are fewer)"
+    )
+    parser.add_argument("--finetune_epochs", type=integer(1, 10_000), default=1, help="a level (%(default)s)")
+    parser.add_argument(
+        "--finetune_learning_rate",
+        type=rate_type,
+        default=0.001,
+        help="a number, or rewind: that of the last epochs of training (%(default)s)",
+    )
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
+    """The flags, with those refused that have no meaning together."""
+    parser = build_parser()
+    args, explicit = parse_with_explicit(parser, argv)
+    methods = explicit & {"criterion", "allocation", "recover", "exclude"}
+    if args.compare and (methods or args.sensitivity or "schedule" in explicit):
+        parser.error(
+            "--compare is a panel of its own; leave out --criterion --allocation --recover --exclude "
+            "--schedule --sensitivity"
+        )
+    if args.sensitivity and ("allocation" in explicit or args.schedule == "iterative"):
+        parser.error("--sensitivity prunes one layer at a time; leave out --allocation and --schedule")
+    if args.sensitivity and (len(args.criterion) > 1 or len(args.recover) > 1):
+        parser.error("--sensitivity takes one --criterion and one --recover")
+    tuned = {"finetune_epochs", "finetune_learning_rate"} & explicit
+    if tuned and (args.compare or "finetune" not in args.recover):
+        parser.error(f"--{min(tuned)} has no effect without --recover finetune")
+    if args.sensitivity:
+        args.levels = args.levels if "levels" in explicit else SENSITIVITY_LEVELS
+        args.max_test_images = args.max_test_images or SENSITIVITY_IMAGES
+    return args
+
+
+def choose_panel(args: argparse.Namespace, layers: list[str]) -> Panel:
+    """The curves that the flags ask for, with their levels."""
+    if args.compare:
+        return standard_panel(args.levels)
+    if args.sensitivity:
+        return sensitivity_panel(layers, args.criterion[0], args.recover[0], args.levels)
+    return product_panel(args.criterion, args.allocation, args.recover, args.levels)
 
 
 def sweep_levels(args: argparse.Namespace) -> None:
-    """The whole run: everything that can fail is checked first, then the levels, then the plot."""
+    """The whole run: everything that can fail is checked first, then the levels, then the plots."""
     device = set_up_machine(args)
     args.batch_size = args.batch_size or default_batch_size(device)
     runtime.prepare_folder(args.images_dir, "--images_dir", 64 << 20)
     paths = args.checkpoint or [checkpoint.newest(Path("checkpoints"))]
     checkpoints = describe_checkpoints(paths)
-    curve = (args.criterion, args.allocation, args.recover)
     saved, dense = load_network(paths[0])
-    source, test, classes = load_test_images(args, saved)
+    source = inputs.find_source(saved, args.dataset, args.data_dir)
+    test, classes = inputs.load_test_images(source, saved, args.max_test_images)
 
     example = torch.zeros(1, 3, source.image_size, source.image_size)
     positions = positions_per_image(dense, example)
-    prunable = list(prunable_layers(dense, example))
-    inference = inference_copy(dense.to(device), runtime.dtype_of(args.precision))
-    files = SweepFiles(args.images_dir / f"{output_name(args.name, source, saved.model)}_pruning")
-    header = describe_run(args, source, test, classes, saved, checkpoints)
-    sweep = report.open_sweep(files, header, test.labels.numpy(), args.restart)
-    checkpoints = sweep.header["checkpoints"]
+    prunable = exclude(prunable_layers(dense, example), args.exclude)
+    panel = choose_panel(args, list(prunable))
+    rates = inputs.finetuning_rates(saved, args.finetune_learning_rate, args.finetune_epochs)
+    dtype = runtime.dtype_of(args.precision)
+    inference = inference_copy(dense.to(device), dtype)
+    kind = "sensitivity" if args.sensitivity else "pruning"
+    files = SweepFiles(args.images_dir / f"{output_name(args.name, source, saved.model)}_{kind}")
+    header = describe_run(args, source, test, classes, saved, checkpoints, panel)
+    sizes = {name: layer.weight.numel() for name, layer in prunable.items()}
+    sweep = report.open_sweep(files, header, test.labels.numpy(), sizes, args.restart)
+    if args.restart:
+        state_file(files).unlink(missing_ok=True)
     args.restart = False  # from here on, rows are kept
-    test = test.to(device)
-    missing = {
-        name: [level for level in args.levels if row_key(name, curve, level) not in sweep.rows] for name in checkpoints
-    }
-    networks = sum(len(levels) + (name not in sweep.dense) for name, levels in missing.items())
-    announce(sweep, networks, inference, test, args.batch_size)
+    checkpoints, iterative = sweep.header["checkpoints"], args.schedule == "iterative"
+    missing = {name: missing_curves(sweep, name, panel, whole=iterative) for name in checkpoints}
+    wanted = {curve for curves in missing.values() for curve in curves}
+    evidence = inputs.load_evidence(wanted, source, saved, args.calibration_images, args.seed, dtype, device, rates)
+    means = Means(dense, tuple(prunable), *evidence)
+    sweep.record_calibration(means.calibration.images.hash() if means.calibration else None)
+    networks = announce(sweep, missing, means, inference, test.to(device), args.batch_size)
     del saved, dense
 
     with tqdm(total=networks * len(test), unit="img", disable=None, leave=False) as bar:
-        for (name, levels), path in zip(missing.items(), paths, strict=True):
-            if not levels and name in sweep.dense:
+        bench = Bench(sweep, inference, test.to(device), positions, args.batch_size, bar)
+        for (name, curves), path in zip(missing.items(), paths, strict=True):
+            if not curves and name in sweep.dense:
                 continue
             saved, dense = load_network(path)
             if saved.sha256 != checkpoints[name]["sha256"]:
                 raise UserError(f"{path} was replaced while it was being swept; start again")
             dense.to(device)
             if name not in sweep.dense:
-                refresh(inference, dense)
-                result = evaluate(inference, test, args.batch_size, bar.update)
-                if not math.isfinite(result.loss):
-                    raise UserError(f"{path} gives outputs that are not finite; its weights are damaged")
-                sweep.add_dense(name, result.predictions.numpy(), {"accuracy": result.accuracy, "loss": result.loss})
-            for level in levels:
-                bar.set_description(f"{level_text(level)} % pruned")
-                started = time.perf_counter()
-                counts = prune_and_refresh(inference, dense, prunable, positions, level)
-                result = evaluate(inference, test, args.batch_size, bar.update)
-                row = Row(
-                    name,
-                    *curve,
-                    level=level,
-                    **count_columns(counts),
-                    **report.accuracy_columns(result.correct, result.total),
-                    loss=round(result.loss, 6),
-                    agreement=round(100 * float((result.predictions.numpy() == sweep.dense[name]).mean()), 6),
-                    seconds=round(time.perf_counter() - started, 3),
-                )
-                sweep.add(row, result.predictions.numpy())
-                bar.write(f"{level_text(level):>5} % pruned: accuracy {row.accuracy:6.2f} %, {row.seconds:.1f} s")
+                measure_dense(bench, name, dense)
+            sweep_curves(bench, name, curves, dataclasses.replace(means, dense=dense), args.seed)
 
-    conclude(sweep, args.tolerance)
+    conclude(sweep, args.tolerance, args.sensitivity)
 
 
-def prune_and_refresh(
-    inference: nn.Module, dense: nn.Module, prunable: list[str], positions: dict[str, int], level: float
-) -> Census:
-    """Prune a fresh copy of the dense network to `level` percent and bring its weights into `inference`, in place."""
-    # Masks compound, so every level starts from the dense network: new modules around the same weights, which masks
-    # leave as they are.
-    model = copy.deepcopy(dense, {id(weight): weight for weight in dense.parameters()})
-    layers = {layer: model.get_submodule(layer) for layer in prunable}
-    prune_l1_uniform(layers, level / 100)
-    counts = census(model, layers, positions)
-    refresh(inference, model)
-    del model, layers  # a masked network is three times as large as what is evaluated
-    runtime.release_memory()
-    return counts
+def sweep_curves(bench: Bench, name: str, curves: Panel, means: Means, seed: int) -> None:
+    """The experiment, for one checkpoint: prune, recover, evaluate, write down, for every curve and level."""
+    sweep, iterative = bench.sweep, bench.sweep.header["settings"]["schedule"] != "oneshot"
+    pruner = Pruner(means.dense, list(means.layers), means.calibration, seed)
+    for curve, levels in curves.items():
+        recover = RECOVERIES[curve[2]]
+        if iterative:
+            pruner, levels = continue_chain(sweep, name, curve, levels, means, seed)
+        for level in levels:
+            bench.bar.set_description(f"{level_text(level)} % pruned")
+            started = time.perf_counter()
+            model, notes = pruner.prune(curve, level)
+            notes += recover(model, means, runtime.derived_seed(seed, round(level * 1e6)))
+            if iterative:  # the next level starts where this one ended
+                plain = baked(model, means.dense)
+                pruner = Pruner(plain, list(means.layers), means.calibration, seed, nested=True)
+            if not sweep.has(name, curve, level):
+                measure(bench, name, curve, level, model, means.layers, notes, started)
+                del model  # a masked network is three times as large as what is evaluated
+                runtime.release_memory()
+            if iterative:
+                chain.save_state(state_file(sweep.files), row_key(name, curve, level), pruner.network)
 
 
-def count_columns(counts: Census) -> dict[str, Any]:
-    """The columns of a row that come from counting weights."""
-    return {
-        "sparsity": round(counts.sparsity, 6),
-        "nonzero": counts.nonzero,
-        "parameters": counts.parameters,
-        "compression": round(counts.compression, 6),
-        "macs_ratio": round(counts.macs_ratio, 6),
-    }
+def continue_chain(
+    sweep: Sweep, name: str, curve: Curve, levels: list[float], means: Means, seed: int
+) -> tuple[Pruner, list[float]]:
+    """Where an iterative curve goes on: the pruner that starts from the level before, and the levels from there."""
+    network = baked(means.dense, means.dense)
+    keys = [row_key(name, curve, level) for level in levels]
+    passed = chain.load_state(state_file(sweep.files), keys, network)
+    if any(key not in sweep.rows for key in keys[:passed]):  # a row was lost that the state is beyond
+        passed, network = 0, means.dense
+    nested = passed > 0
+    return Pruner(network, list(means.layers), means.calibration, seed, nested), levels[passed:]
+
+
+def state_file(files: SweepFiles) -> Path:
+    """Where an iterative sweep keeps the network of its last level until it is done."""
+    return files.with_suffix("_state.pth")
 
 
 def load_network(path: Path) -> tuple[Checkpoint, nn.Module]:
@@ -222,36 +266,6 @@ def describe_checkpoints(paths: list[Path]) -> dict[str, dict[str, Any]]:
     return described
 
 
-def load_test_images(args: argparse.Namespace, saved: Checkpoint) -> tuple[Source, Split, list[str]]:
-    """The test images that the flags or else the checkpoint name, in the fixed order, and the names of the classes."""
-    data = saved.data or {}
-    num_classes = saved.model["num_classes"]
-    dataset = args.dataset or data.get("dataset") or {10: "cifar10", 100: "cifar100"}.get(num_classes)
-    if dataset not in DATASETS:
-        raise UserError(f"{saved.path} does not tell its dataset; name one of {', '.join(DATASETS)} with --dataset")
-    if not data:
-        print(f"{saved.path} has no metadata: images of {dataset} are normalised with the usual constants of CIFAR")
-    data_dir = args.data_dir or Path(data.get("data_dir", "datasets"))
-    source = Source(dataset, data_dir, data.get("image_size") or default_image_size(dataset))
-    usual = CIFAR100_STATISTICS if dataset == "cifar100" else CIFAR10_STATISTICS
-    statistics = (tuple(data["mean"]), tuple(data["std"])) if data else usual
-    test, classes = load_split(source, train=False, statistics=statistics)
-    if len(classes) != num_classes:
-        raise UserError(f"{saved.path} tells {num_classes} classes apart, {source.name} has {len(classes)}")
-    if data and data["classes"] != classes:
-        differing = next(pair for pair in zip(data["classes"], classes, strict=False) if pair[0] != pair[1])
-        raise UserError(
-            f"{saved.path} was trained on other classes than {source.name} has: {' against '.join(differing)}"
-        )
-    test = test.take(class_balanced_order(test.labels)[: args.max_test_images])
-    if len(test) < 2 * num_classes:
-        raise UserError(
-            f"{len(test)} test images are too few for {num_classes} classes: a level is chosen on one half of them and "
-            f"reported on the other; use at least {2 * num_classes}"
-        )
-    return source, test, classes
-
-
 def output_name(name: str | None, source: Source, spec: dict) -> str:
     """The stem of the outputs; that images are synthetic is always in it."""
     name = name or f"{source.name}_{spec['arch']}"
@@ -265,14 +279,15 @@ def describe_run(
     classes: list[str],
     saved: Checkpoint,
     checkpoints: dict[str, dict[str, Any]],
+    panel: Panel,
 ) -> dict[str, Any]:
     """What the JSON holds; rows are only mixed where `settings` and `data` are the same."""
     arch, device = saved.model["arch"], torch.device(args.device)
+    # An iterative curve depends on all levels before, so that levels cannot be added to one that is there.
+    levels = ",".join(map(level_text, args.levels))
     return {
-        "title": (
-            f"{arch} on {source.name}, {shorten(list(checkpoints))}\n"
-            f"smallest weights of each layer pruned; {len(test):,} test images, {args.precision}"
-        ),
+        "title": f"{arch} on {source.name}, {shorten(list(checkpoints))}\n{len(test):,} test images, {args.precision}",
+        "curves": [list(curve) for curve in panel],
         "settings": {
             "arch": arch,
             "test_images": len(test),
@@ -281,6 +296,9 @@ def describe_run(
             "device": device.type,
             "threads": args.threads,
             "seed": args.seed,
+            "calibration_images": args.calibration_images or inputs.DEFAULT_CALIBRATION,
+            "schedule": f"iterative {levels}" if args.schedule == "iterative" else "oneshot",
+            "finetune": f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
             "torch": str(torch.__version__),
         },
         "data": {
@@ -303,30 +321,40 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
 
 
-def announce(sweep: Sweep, networks: int, inference: nn.Module, test: Split, batch_size: int) -> None:
-    """Say what is kept and, from a first few batches, how long the rest will take."""
+def announce(
+    sweep: Sweep, missing: dict[str, Panel], means: Means, inference: nn.Module, test: Split, batch_size: int
+) -> int:
+    """Say what is kept and, from a first few batches, how long the rest will take; returns the networks to evaluate."""
     if sweep.rows:
         print(f"{len(sweep.rows)} rows in {sweep.files.csv} were measured with these settings and are kept")
-    if not networks:
-        return
-    few = test.take(torch.arange(min(len(test), 4 * batch_size)))
-    evaluate(inference, few, batch_size)  # warm-up
-    started = time.perf_counter()
-    evaluate(inference, few, batch_size)
-    rate = len(few) / (time.perf_counter() - started)
-    expected = runtime.duration(networks * len(test) / rate)
-    print(f"about {expected}: {networks} networks x {len(test):,} images at {rate:,.0f} images/s", flush=True)
+    networks = sum(name not in sweep.dense for name in missing)
+    for name, curves in missing.items():
+        networks += sum(not sweep.has(name, curve, level) for curve, levels in curves.items() for level in levels)
+    if networks:
+        panels = list(missing.values())
+        seconds, rate = forecast.sweep_seconds(panels, networks, means, inference, test, batch_size)
+        recovered = sum(curve[2] != "none" for curves in panels for curve in curves)
+        extra = f", and recovery in {recovered} curves" if recovered else ""
+        work = f"{networks} networks x {len(test):,} images at {rate:,.0f} images/s{extra}"
+        print(f"about {runtime.duration(seconds)}: {work}", flush=True)
+    return networks
 
 
-def conclude(sweep: Sweep, tolerance: float) -> None:
-    """Summary, plot, table and the sentence that answers the question."""
-    entries = [summary.summarise(sweep, curve, tolerance) for curve in sweep.curves()]
-    sweep.finish(entries)
-    plots.plot_sweep(sweep.files)
-    print(summary.summary_table(sweep))
-    for entry in entries:
-        print(entry["sentence"])
-    print(f"wrote {sweep.files.png} and beside it .csv, .json, .npz")
+def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
+    """Summary, plots, tables and the sentences that answer the question."""
+    if sensitivity:
+        heatmaps.plot_sensitivity(sweep.files)
+        print(summary.sensitivity_table(sweep))
+    else:
+        entries = summary.summarise_all(sweep, tolerance)
+        sweep.finish(entries)
+        summary.write_markdown(sweep)
+        plots.plot_all(sweep.files)
+        print(summary.summary_table(sweep))
+        for entry in entries:
+            print(entry["sentence"])
+    state_file(sweep.files).unlink(missing_ok=True)
+    print(f"wrote {sweep.files.png} and what it is drawn from beside it: .csv, .json, .npz")
 
 
 def main(argv: list[str] | None = None) -> int:

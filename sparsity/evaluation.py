@@ -31,12 +31,13 @@ class Evaluation:
         return 100 * self.correct / self.total
 
 
-def inference_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+def inference_copy(model: nn.Module, dtype: torch.dtype = torch.float32, fold: bool = True) -> fx.GraphModule:
     """A copy of `model` for inference only: masks baked in, BatchNorm folded, channels_last, weights in `dtype`.
 
     `model` may be masked and stays as it is. The copy is on the same device, in eval mode, without gradients, and
     takes images in `dtype`. `refresh` brings the weights of another network of the same structure into it, so that it
-    is made once for a whole sweep. The model must be traceable by `torch.fx`.
+    is made once for a whole sweep. The model must be traceable by `torch.fx`. Without `fold` every BatchNorm stays a
+    module under its own name, in float32, as calibration needs it.
     """
     traced = fx.symbolic_trace(model)
     layers = {node: model.get_submodule(node.target) for node in traced.graph.nodes if node.op == "call_module"}
@@ -44,7 +45,7 @@ def inference_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> fx.G
     folded: dict[str, str | None] = {}
     for node, layer in layers.items():
         if isinstance(layer, Layer) and node.target not in folded:
-            batch_norm = _following_batch_norm(node, layers, calls)
+            batch_norm = _following_batch_norm(node, layers, calls) if fold else None
             folded[node.target] = batch_norm.target if batch_norm else None
             if batch_norm:
                 batch_norm.replace_all_uses_with(node)
@@ -62,6 +63,9 @@ def inference_copy(model: nn.Module, dtype: torch.dtype = torch.float32) -> fx.G
     result.folded = folded
     result.eval().requires_grad_(False)
     result.to(device=next(model.parameters()).device, dtype=dtype, memory_format=torch.channels_last)
+    for layer in result.modules():
+        if isinstance(layer, BatchNorm):
+            layer.float()  # takes activations in `dtype` all the same
     refresh(result, model)
     return result
 
@@ -129,11 +133,11 @@ def _following_batch_norm(node: fx.Node, layers: dict[fx.Node, nn.Module], calls
 
 
 def _overwrite_in_place(graph: fx.Graph, layers: dict[fx.Node, nn.Module]) -> None:
-    """Let each addition and each F.relu overwrite the output of a layer, or of an addition, that nothing else reads.
+    """Let each addition and each F.relu overwrite what a layer, a BatchNorm or an addition made and nothing else reads.
 
     At the widest point of a ResNet this halves the memory that activations take.
     """
-    own: set[fx.Node] = {node for node, layer in layers.items() if isinstance(layer, Layer)}
+    own: set[fx.Node] = {node for node, layer in layers.items() if isinstance(layer, Layer | BatchNorm)}
     for node in graph.nodes:
         first = node.args[0] if node.args else None
         if node.op != "call_function" or first not in own or len(first.users) > 1 or first in node.args[1:]:

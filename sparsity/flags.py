@@ -3,10 +3,12 @@
 import argparse
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import torch
 
+from sparsity.rows import level_text
 from sparsity.runtime import resolve_device, resolve_precision, seed_everything
 
 
@@ -40,6 +42,38 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Callable[
         return value
 
     return parse
+
+
+def levels_type(text: str) -> list[float]:
+    """Levels in percent, ascending: 'start:stop:step' with stop included, or a list 'a,b,c'."""
+    try:
+        if ":" in text:
+            start, stop, step = (Decimal(part) for part in text.split(":"))
+            if not (start.is_finite() and stop.is_finite() and step.is_finite()) or step <= 0 or start > stop:
+                raise ValueError
+            if (stop - start) / step > 10_000:
+                raise argparse.ArgumentTypeError(f"{text!r} is more than 10,000 levels")
+            # Decimals, so that 0:1:0.1 ends at 1 and holds 0.3 instead of 0.30000000000000004.
+            levels = [start + step * index for index in range(int((stop - start) / step) + 1)]
+        else:
+            levels = [Decimal(part) for part in text.split(",")]
+        if not all(0 <= level <= 100 for level in levels):  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text!r} has a level outside 0 to 100 percent")
+    except (ValueError, ArithmeticError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither start:stop:step nor a list such as 0,40,90") from error
+    return sorted({float(level_text(float(level))) for level in levels})  # levels of equal text are one level
+
+
+def stem_type(text: str) -> str:
+    """A file name's stem, without folders."""
+    if not text.isprintable() or Path(text).name != text or text.startswith(".") or len(text.encode()) > 200:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name for files in --images_dir")
+    return text
+
+
+def rate_type(text: str) -> float | str:
+    """An argparse type: a learning rate above 0, or the word 'rewind'."""
+    return text if text == "rewind" else number(0, 1e30, above=True)(text)
 
 
 def device_name(text: str) -> str:

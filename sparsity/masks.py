@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+
+from sparsity.runtime import UserError
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -53,6 +56,25 @@ def prunable_layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Layer) and name != output}
 
 
+def exclude(layers: dict[str, Layer], patterns: list[str]) -> dict[str, Layer]:
+    """The layers that no pattern names, in their order; the others stay dense.
+
+    A pattern is a glob (`*`, `?`, `[...]`) on names of parameters, as `layer1.*.conv1.weight`, or of layers, as
+    `layer1.0.conv1`. Raises UserError for a pattern that names none of `layers`, and where no layer is left.
+    """
+    kept = dict(layers)
+    for pattern in patterns:
+        named = [name for name in layers if fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight", pattern)]
+        if not named:
+            few = ", ".join(f"{name}.weight" for name in list(layers)[:3])
+            raise UserError(f"--exclude {pattern} names no prunable weight; there are {len(layers)}, such as {few}")
+        for name in named:
+            kept.pop(name, None)
+    if patterns and not kept:
+        raise UserError(f"--exclude {' '.join(patterns)} leaves no layer to prune; name fewer")
+    return kept
+
+
 def prune_l1_uniform(layers: dict[str, Layer], amount: float) -> None:
     """Mask, in place, the share `amount` (0.0 to 1.0) of smallest magnitude in the weight of each layer.
 
@@ -60,14 +82,32 @@ def prune_l1_uniform(layers: dict[str, Layer], amount: float) -> None:
     `torch.nn.utils.prune` compound, so that a second call would not give the level that was asked for (ValueError).
     """
     amount = float(amount)  # an int would be read as a count of weights
-    for name, layer in layers.items():
-        if prune.is_pruned(layer):
-            raise ValueError(f"{name} is masked already; every level starts from an unpruned network")
+    _refuse_masked(layers)
     # Selecting is serial within a layer, so layers go side by side, the largest first.
     largest_first = sorted(layers.values(), key=lambda layer: -layer.weight.numel())
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(lambda layer: prune.l1_unstructured(layer, "weight", amount), largest_first):
             pass  # drawing the results raises what a thread raised
+
+
+def apply_masks(layers: dict[str, Layer], masks: dict[str, Tensor]) -> None:
+    """Mask, in place, the weight of each layer by its mask: 0/1 or bool, of the weight's shape, 1 stays.
+
+    Through `torch.nn.utils.prune.custom_from_mask`. Raises ValueError for layers that are masked already, and unless
+    `masks` has an entry of the right shape for each layer and no other; nothing has changed then.
+    """
+    _refuse_masked(layers)
+    shapes = {name: layer.weight.shape for name, layer in layers.items()}
+    if {name: mask.shape for name, mask in masks.items()} != shapes:
+        raise ValueError("every layer needs one mask of the shape of its weight, and no other masks may be there")
+    for name, layer in layers.items():
+        prune.custom_from_mask(layer, "weight", masks[name].to(layer.weight.device))
+
+
+def _refuse_masked(layers: dict[str, Layer]) -> None:
+    for name, layer in layers.items():
+        if prune.is_pruned(layer):
+            raise ValueError(f"{name} is masked already; every level starts from an unpruned network")
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
@@ -77,6 +117,14 @@ def effective_weight(layer: nn.Module) -> Tensor:
     """
     mask = getattr(layer, "weight_mask", None)
     return layer.weight if mask is None else layer.weight_orig * mask
+
+
+@torch.no_grad()
+def zeros_by_layer(layers: dict[str, Layer]) -> dict[str, int]:
+    """Name -> zeros in the effective weight of each layer, masked or not."""
+    return {
+        name: layer.weight.numel() - int(torch.count_nonzero(effective_weight(layer))) for name, layer in layers.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -24,26 +24,72 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A difference of two shares with its interval."""
+class Estimate:
+    """A figure with its interval, in the unit of what it was made from."""
 
     value: float
     low: float
     high: float
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> Difference:
+def discordant(correct: np.ndarray, dense_correct: np.ndarray) -> tuple[int, int]:
+    """How many images the dense network alone gets right (lost) and the other alone (gained); both boolean [N]."""
+    return int(np.sum(dense_correct & ~correct)), int(np.sum(correct & ~dense_correct))
+
+
+def mcnemar_p(lost: int, gained: int) -> float:
+    """Two-sided p of McNemar's test in its exact form (Q. McNemar, Psychometrika 12, 1947): min(1, 2 P(X <= min)).
+
+    X is binomial with one half over the `lost + gained` images of which one network alone is right; without such images
+    p is 1. Below the smallest double, about 5e-324, it is 0. Raises ValueError on negative counts.
+    """
+    if min(lost, gained) < 0:
+        raise ValueError(f"{lost} lost and {gained} gained are not counts of images")
+    n, fewer = lost + gained, min(lost, gained)
+    if lost == gained:
+        return 1.0
+    # P = (C(n, fewer) + C(n, fewer - 1) + ...) / 2^n in whole numbers, which neither underflow nor cancel. The terms
+    # are shares of the first one in units of 2^-192: adding thousands of numbers of n bits would take a second.
+    unit = 192
+    term = tail = 1 << unit
+    for k in range(fewer, 0, -1):
+        term = term * k // (n - k + 1)
+        if not term:
+            break
+        tail += term
+    # Dividing whole numbers rounds once, whatever their size.
+    return min(1.0, 2 * math.comb(n, fewer) * tail / (1 << (n + unit)))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Adjusted p values in the order given, which hold for all tests together (S. Holm, Scand. J. Stat. 6, 1979)."""
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def class_accuracy(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Share of the images of each class that are predicted as it, [classes]; nan for a class without images."""
+    images = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels[predictions == labels], minlength=classes)
+    return np.divide(right, images, out=np.full(len(images), math.nan), where=images > 0)
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> Estimate:
     """Share correct of `first` minus that of `second`, both boolean [N] on the same images.
 
     The interval is that of Bonett and Price (J. Educ. Behav. Stat. 37, 2012): Wald's for paired proportions after
     adding one to each of the two discordant counts, so that it has a width even when no image differs.
     """
     n = len(first)
-    gained, lost = int(np.sum(first & ~second)), int(np.sum(~first & second))
+    lost, gained = discordant(first, second)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return Difference((gained - lost) / n, max(-1.0, p - q - half), min(1.0, p - q + half))
+    return Estimate((gained - lost) / n, max(-1.0, p - q - half), min(1.0, p - q + half))
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
@@ -80,11 +126,16 @@ def _t_distribution(t: float, degrees: int) -> float:
     return 0.5 + inner / 2
 
 
-def mean_difference(values: list[float], confidence: float = 0.95) -> Difference:
-    """Mean of differences seen on several checkpoints, with Student's t interval over them (two or more)."""
+def mean_interval(values: list[float], confidence: float = 0.95) -> Estimate:
+    """Mean of what was seen on several checkpoints, with Student's t interval over them; nan around one value.
+
+    The interval is mean -+ t deviation / sqrt(n) with n - 1 degrees of freedom ("Student", Biometrika 6, 1908).
+    """
     mean, deviation = mean_and_deviation(values)
+    if len(values) == 1:
+        return Estimate(mean, math.nan, math.nan)
     half = t_quantile(0.5 + confidence / 2, len(values) - 1) * deviation / math.sqrt(len(values))
-    return Difference(mean, mean - half, mean + half)
+    return Estimate(mean, mean - half, mean + half)
 
 
 def choosing_half(labels: np.ndarray) -> np.ndarray:
@@ -102,14 +153,17 @@ def choosing_half(labels: np.ndarray) -> np.ndarray:
 class Choice:
     """The highest level within tolerance, and what the images not used for choosing say of it (shares, not percent).
 
-    `level` is None when no level is within tolerance; the other figures are then those of nothing and nan.
+    `level` is None when no level is within tolerance; the other figures are then those of nothing and nan. `lost` and
+    `gained` count images, and are None with several checkpoints, which share their images.
     """
 
     level: float | None
     images: int
     accuracy: float = math.nan
     dense: float = math.nan
-    difference: Difference = Difference(math.nan, math.nan, math.nan)
+    difference: Estimate = Estimate(math.nan, math.nan, math.nan)
+    lost: int | None = None
+    gained: int | None = None
 
 
 def choose_level(
@@ -136,11 +190,14 @@ def choose_level(
         return Choice(None, int(reporting.sum()))
     pairs = [(right[reporting], base[reporting]) for right, base in zip(correct[chosen], dense, strict=True)]
     differences = [paired_difference(right, base) for right, base in pairs]
-    difference = differences[0] if len(pairs) == 1 else mean_difference([each.value for each in differences])
+    difference = differences[0] if len(pairs) == 1 else mean_interval([each.value for each in differences])
+    lost, gained = discordant(*pairs[0]) if len(pairs) == 1 else (None, None)
     return Choice(
         level=levels[chosen],
         images=int(reporting.sum()),
         accuracy=fmean(float(right.mean()) for right, _ in pairs),
         dense=fmean(float(base.mean()) for _, base in pairs),
         difference=difference,
+        lost=lost,
+        gained=gained,
     )

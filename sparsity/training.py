@@ -56,11 +56,13 @@ def train_one_epoch(
     dtype: torch.dtype,
     epoch: int,
     on_batch: Callable[[int, float], None] = lambda images, loss: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> EpochResult:
     """Train `model` in place on every batch (images [B, C, H, W], labels [B]) with cross-entropy.
 
     `dtype` other than float32 computes under autocast, with float32 weights. Accuracy is counted on the predictions
-    that training makes anyway. `on_batch` is told images and loss. A loss that is not finite raises UserError; on a
+    that training makes anyway. `on_batch` is told images and loss, `after_step` is called after each step. A loss that
+    is not finite raises UserError; on a
     CPU at the step where it happens, elsewhere within 20 steps, so that the device is not waited for at each step.
     """
     model.train()
@@ -73,6 +75,7 @@ def train_one_epoch(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        after_step()
         losses.append(loss.detach() * len(labels))
         hits.append((logits.detach().argmax(dim=1) == labels).sum())
         total += len(labels)

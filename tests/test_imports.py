@@ -11,10 +11,14 @@ ROOT = Path(__file__).parents[1]
 # Each module imports only from the layers below its own.
 LAYERS = [
     {"run", "pruning"},
-    {"plots", "summary"},
-    {"training", "evaluation", "checkpoint"},
+    {"inputs", "forecast", "plots"},
+    {"panel", "pruner", "bench", "chain", "summary", "heatmaps"},
+    {"recovery"},
+    {"criteria", "reconstruction", "batchnorm", "finetune"},
+    {"training", "evaluation", "checkpoint", "calibration", "allocation"},
     {"report", "data", "masks"},
-    {"statistics", "synthetic", "flags"},
+    {"flags", "rows", "figures"},
+    {"statistics", "synthetic", "header"},
     {"runtime"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -8,7 +8,17 @@ from torch import nn
 from torch.nn.utils import prune
 
 import Build_Resnet
-from sparsity.masks import census, effective_weight, positions_per_image, prunable_layers, prune_l1_uniform
+from sparsity.masks import (
+    apply_masks,
+    census,
+    effective_weight,
+    exclude,
+    positions_per_image,
+    prunable_layers,
+    prune_l1_uniform,
+    zeros_by_layer,
+)
+from sparsity.runtime import UserError
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 LEVELS = [0, 5, 15, 33.3, 50, 95, 99.5, 100]
@@ -131,3 +141,99 @@ def test_zeros_that_are_there_already_count_towards_the_level(small_net):
     counts = census(model, layers, positions_per_image(small_net, EXAMPLE))
     assert int((effective_weight(layers["down"]) == 0).sum()) == 216
     assert counts.zeros == 216 + round(0.3 * 162) + round(0.3 * 80)
+
+
+def drawn_masks(layers, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(layer.weight.shape, generator=draw) < 0.4 for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_masks_are_applied_through_torch_and_nothing_else_changes(small_net, memory_format):
+    model = copy.deepcopy(small_net).to(memory_format=memory_format)
+    layers = prunable_layers(model, EXAMPLE)
+    masks = drawn_masks(layers)
+    apply_masks(layers, masks)
+    for name, layer in layers.items():
+        dense = small_net.get_submodule(name).weight
+        assert prune.is_pruned(layer)
+        assert torch.equal(layer.weight_mask.bool(), masks[name])
+        assert torch.equal(layer.weight_orig, dense)
+        assert torch.equal(layer.weight, dense * masks[name])
+    assert torch.equal(model.result.weight, small_net.result.weight)
+    assert zeros_by_layer(layers) == {name: int((~mask).sum()) for name, mask in masks.items()}
+    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
+def test_masks_are_not_applied_twice(small_net):
+    layers = prunable_layers(small_net, EXAMPLE)
+    masks = drawn_masks(layers)
+    apply_masks({"hidden": layers["hidden"]}, {"hidden": masks["hidden"]})
+    before = copy.deepcopy(small_net.state_dict())
+    with pytest.raises(ValueError, match="masked already"):
+        apply_masks(layers, masks)
+    assert before.keys() == small_net.state_dict().keys()
+
+
+@pytest.mark.parametrize("fault", ["missing", "other", "shape"])
+def test_masks_that_do_not_fit_change_nothing(small_net, fault):
+    layers = prunable_layers(small_net, EXAMPLE)
+    masks = drawn_masks(layers)
+    if fault == "missing":
+        del masks["hidden"]
+    elif fault == "other":
+        masks["result"] = torch.ones(4, 10)
+    else:
+        masks["hidden"] = masks["hidden"].T
+    with pytest.raises(ValueError, match="one mask of the shape"):
+        apply_masks(layers, masks)
+    assert not any(prune.is_pruned(layer) for layer in layers.values())
+
+
+def test_zeros_by_layer_are_those_of_the_census(small_net):
+    with torch.no_grad():
+        small_net.down.weight.view(-1)[:100] = 0
+    layers = prunable_layers(small_net, EXAMPLE)
+    assert zeros_by_layer(layers) == {"stem": 0, "down": 100, "hidden": 0}
+    apply_masks(layers, drawn_masks(layers))
+    with torch.no_grad():
+        layers["stem"].weight_orig.zero_()  # leaves `weight` stale
+    zeros = zeros_by_layer(layers)
+    assert sum(zeros.values()) == census(small_net, layers, positions_per_image(small_net, EXAMPLE)).zeros
+    assert zeros["down"] > 100
+    assert zeros["stem"] == 162
+
+
+@pytest.mark.parametrize(
+    ("patterns", "left"),
+    [
+        ([], ["stem", "down", "hidden"]),
+        (["stem.weight"], ["down", "hidden"]),
+        (["stem"], ["down", "hidden"]),
+        (["*d*n*"], ["stem"]),
+        (["[sh]*.weight", "stem"], ["down"]),
+    ],
+)
+def test_excluded_layers(small_net, patterns, left):
+    layers = prunable_layers(small_net, EXAMPLE)
+    assert list(exclude(layers, patterns)) == left
+    assert list(layers) == ["stem", "down", "hidden"]
+
+
+def test_excluded_layers_of_a_resnet_by_glob():
+    layers = prunable_layers(Build_Resnet.resnet50(width=2), torch.zeros(1, 3, 32, 32))
+    kept = exclude(layers, ["layer1.*.conv1.weight", "*.shortcut.0", "conv1"])
+    assert len(layers) - len(kept) == 3 + 4 + 1
+    assert "layer1.0.conv1" not in kept and "layer2.0.conv1" in kept
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "result.weight", "stem.bias", "Stem", "ste", ""])
+def test_a_pattern_that_names_no_prunable_layer_is_an_error(small_net, pattern):
+    layers = prunable_layers(small_net, EXAMPLE)
+    with pytest.raises(UserError, match=r"names no prunable weight.*stem\.weight, down\.weight"):
+        exclude(layers, ["stem", pattern])
+
+
+def test_excluding_every_layer_is_an_error(small_net):
+    with pytest.raises(UserError, match="no layer to prune"):
+        exclude(prunable_layers(small_net, EXAMPLE), ["stem", "[dh]*"])

@@ -1,6 +1,7 @@
 """Intervals against published values, and the choice of a level."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,8 +10,12 @@ from sparsity.runtime import UserError
 from sparsity.statistics import (
     choose_level,
     choosing_half,
+    class_accuracy,
+    discordant,
+    holm,
+    mcnemar_p,
     mean_and_deviation,
-    mean_difference,
+    mean_interval,
     paired_difference,
     t_quantile,
     wilson_interval,
@@ -71,9 +76,73 @@ def test_mean_and_deviation():
     mean, deviation = mean_and_deviation([5.0])
     assert mean == 5
     assert math.isnan(deviation)
-    found = mean_difference([1.0, 2.0, 3.0])
+    found = mean_interval([1.0, 2.0, 3.0])
     half = 4.302652729911275 / math.sqrt(3)
     assert (found.value, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-9)
+
+
+def test_the_interval_around_one_value_is_unknown():
+    found = mean_interval([5.0])
+    assert found.value == 5
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p"),
+    [
+        (10, 2, 2 * (1 + 12 + 66) / 4096),
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (7, 7, 1.0),
+        (7, 8, 1.0),
+        (6, 0, 2 / 64),
+        (3, 8, 2 * (1 + 11 + 55 + 165) / 2048),
+    ],
+)
+def test_mcnemar_by_hand(lost, gained, p):
+    assert mcnemar_p(lost, gained) == pytest.approx(p, abs=1e-12)
+    assert mcnemar_p(gained, lost) == mcnemar_p(lost, gained)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(150, 86), (600, 500), (40, 90), (1200, 1000), (999, 1)])
+def test_mcnemar_is_the_exact_sum(lost, gained):
+    n = lost + gained
+    exact = Fraction(2 * sum(math.comb(n, k) for k in range(min(lost, gained) + 1)), 2**n)
+    assert mcnemar_p(lost, gained) == float(exact)
+
+
+def test_mcnemar_at_the_ends():
+    assert mcnemar_p(1000, 0) == 2.0**-999
+    assert mcnemar_p(60_000, 0) == 0  # below the smallest double, without an error
+    assert mcnemar_p(30_001, 29_999) == pytest.approx(0.9967, abs=1e-4)
+    assert mcnemar_p(30_000, 29_999) == 1
+    # Against the normal approximation with continuity correction.
+    normal = math.erfc((30_500 - 29_500 - 1) / math.sqrt(60_000) / math.sqrt(2))
+    assert mcnemar_p(30_500, 29_500) == pytest.approx(normal, rel=1e-2)
+    with pytest.raises(ValueError, match="not counts"):
+        mcnemar_p(-1, 3)
+
+
+def test_discordant_images_are_counted_both_ways():
+    assert discordant(np.array([True, True, False, False]), np.array([True, False, True, True])) == (2, 1)
+
+
+def test_holm_by_hand():
+    # Holm's procedure with four tests: 4 x 0.005, 3 x 0.01, then 2 x 0.03 = 0.06, which 1 x 0.04 may not undercut.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02], abs=1e-12)
+    assert holm([0.5, 0.9, 0.7]) == [1, 1, 1]
+    assert holm([0.04]) == [0.04]
+    assert holm([]) == []
+    assert holm([0.02, 0.02]) == [0.04, 0.04]
+
+
+def test_class_accuracy_by_hand():
+    labels = np.array([0, 0, 0, 0, 1, 1, 3], dtype=np.int64)
+    predictions = np.array([0, 0, 0, 1, 1, 0, 3], dtype=np.uint8)
+    found = class_accuracy(predictions, labels, 5)
+    assert found[[0, 1, 3]].tolist() == [0.75, 0.5, 1.0]
+    assert np.isnan(found[[2, 4]]).all()  # classes without images
 
 
 def test_the_halves_are_balanced_and_disjoint():
@@ -104,6 +173,7 @@ def test_the_level_is_chosen_on_one_half_and_reported_on_the_other():
     assert (choice.images, choice.accuracy, choice.dense) == (100, 0.70, 0.80)
     assert choice.difference.value == pytest.approx(-0.10)
     assert choice.difference.low < -0.10 < choice.difference.high
+    assert (choice.lost, choice.gained) == (10, 0)
 
 
 def test_a_lower_level_out_of_tolerance_ends_the_choice():
@@ -127,6 +197,7 @@ def test_several_checkpoints_decide_by_their_mean():
     spread = np.std([0, -0.01, -0.03], ddof=1)
     half = 4.302652729911275 * spread / math.sqrt(3)
     assert choice.difference.high - choice.difference.value == pytest.approx(half, abs=1e-9)
+    assert (choice.lost, choice.gained) == (None, None)
 
 
 def test_one_image_a_class_cannot_be_halved():

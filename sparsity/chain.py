@@ -1,0 +1,32 @@
+"""Where an iterative sweep stands: the network after its last level, kept on disk until the sweep is done."""
+
+from pathlib import Path
+
+from torch import nn
+
+from sparsity import checkpoint
+from sparsity.runtime import UserError
+
+
+def save_state(path: Path, key: str, network: nn.Module) -> None:
+    """Keep `network`, which is plain, as that of the row `key`."""
+    checkpoint.save(path, {"net": checkpoint.plain_state(network), "row": key})
+
+
+def load_state(path: Path, keys: list[str], network: nn.Module) -> int:
+    """How many of the rows `keys` are behind the network on disk, which is loaded into `network` in place.
+
+    0, and `network` as it was, where there is no such file or it is that of another curve: the curve is then pruned
+    again from its first level.
+    """
+    if not path.exists():
+        return 0
+    saved = checkpoint.load(path)
+    row = saved.content.get("row")
+    if row not in keys:
+        return 0
+    try:
+        network.load_state_dict(saved.net)
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged; remove it, and the curve starts from its first level") from error
+    return keys.index(row) + 1

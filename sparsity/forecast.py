@@ -1,0 +1,79 @@
+"""How long a sweep will take, from a few batches on the machine at hand."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from sparsity.data import Split
+from sparsity.evaluation import evaluate
+from sparsity.masks import positions_per_image
+from sparsity.panel import Panel
+from sparsity.recovery import Means
+from sparsity.recovery.reconstruction import ITERATIONS
+
+TRAINING_COST = 3.5  # of a forward pass of evaluation: forward, two backward products, the optimizer's step
+
+
+def evaluation_rate(network: nn.Module, test: Split, batch_size: int) -> float:
+    """Images a second that `evaluate` gets through."""
+    few = test.take(torch.arange(min(len(test), 4 * batch_size)))
+    evaluate(network, few, batch_size)  # warm-up
+    return len(few) / _seconds(lambda: evaluate(network, few, batch_size))
+
+
+def recovery_seconds(recovery: str, means: Means, rate: float) -> float:
+    """About how long a recovery of RECOVERIES takes for one level; `rate` as from `evaluation_rate`."""
+    if recovery == "finetune":
+        return TRAINING_COST * len(means.tuning.train) * len(means.tuning.rates) / rate
+    if recovery not in ("batchnorm", "reconstruction"):
+        return 0.0
+    network, (images, _) = means.copies[0], next(means.calibration.batches())
+    with torch.inference_mode():
+        network(images)
+        one_pass = _seconds(lambda: network(images)) * len(means.calibration) / len(images)
+    if recovery == "batchnorm":
+        return one_pass
+    return 3 * one_pass + reconstruction_work(means) / multiply_rate()
+
+
+def sweep_seconds(
+    panels: list[Panel], networks: int, means: Means, inference: nn.Module, test: Split, batch_size: int
+) -> tuple[float, float]:
+    """About how long `networks` evaluations and the recoveries in `panels` take, and the images evaluated a second."""
+    rate = evaluation_rate(inference, test, batch_size)
+    recoveries = Counter()
+    for panel in panels:
+        for (_, _, recovery), levels in panel.items():
+            recoveries[recovery] += len(levels)
+    spent = sum(count * recovery_seconds(recovery, means, rate) for recovery, count in recoveries.items())
+    return networks * len(test) / rate + spent, rate
+
+
+def reconstruction_work(means: Means) -> float:
+    """Multiply-adds of the moments and of the conjugate gradients of one reconstruction, about."""
+    calibration, work = means.calibration, 0.0
+    images, _ = next(calibration.batches(torch.float32))
+    positions = positions_per_image(means.dense, images[:1])
+    for name in means.layers:
+        weight = means.dense.get_submodule(name).weight
+        out, inputs = weight.shape[0], weight[0].numel()
+        samples = len(calibration) * min(positions[name], max(1, calibration.position_limit // len(calibration)))
+        work += samples * inputs * (inputs + 2 * out)  # second moment, targets, cross moment
+        work += ITERATIONS / 2 * out * inputs * inputs
+    return work
+
+
+def multiply_rate(size: int = 1024) -> float:
+    """Multiply-adds a second of a float32 matrix product on the CPU."""
+    square = torch.rand(size, size)
+    square @ square  # warm-up
+    return size**3 / min(_seconds(lambda: square @ square) for _ in range(3))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

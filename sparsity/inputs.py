@@ -1,0 +1,105 @@
+"""The images that a checkpoint is tested on, and the training images that calibration and fine-tuning read."""
+
+from pathlib import Path
+
+import torch
+
+from sparsity.calibration import Calibration, draw_calibration
+from sparsity.checkpoint import Checkpoint
+from sparsity.criteria import NEEDS_CALIBRATION
+from sparsity.data import (
+    CIFAR10_STATISTICS,
+    CIFAR100_STATISTICS,
+    DATASETS,
+    Source,
+    Split,
+    class_balanced_order,
+    default_image_size,
+    load_split,
+)
+from sparsity.header import Curve
+from sparsity.recovery import NEED_CALIBRATION, NEED_TRAINING
+from sparsity.recovery.finetune import Finetuning, rewound_rates
+from sparsity.runtime import UserError
+
+DEFAULT_CALIBRATION = 2048
+REFERENCE_TRAINING = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4}  # where a checkpoint tells no other
+
+
+def find_source(saved: Checkpoint, dataset: str | None, data_dir: Path | None) -> Source:
+    """The images that the flags or else the checkpoint name; UserError when neither does."""
+    data = saved.data or {}
+    dataset = dataset or data.get("dataset") or {10: "cifar10", 100: "cifar100"}.get(saved.model["num_classes"])
+    if dataset not in DATASETS:
+        raise UserError(f"{saved.path} does not tell its dataset; name one of {', '.join(DATASETS)} with --dataset")
+    if not data:
+        print(f"{saved.path} has no metadata: images of {dataset} are normalised with the usual constants of CIFAR")
+    folder = data_dir or Path(data.get("data_dir", "datasets"))
+    return Source(dataset, folder, data.get("image_size") or default_image_size(dataset))
+
+
+def load_test_images(source: Source, saved: Checkpoint, max_images: int | None) -> tuple[Split, list[str]]:
+    """The first `max_images` (or all) test images in the fixed, class-balanced order, and the names of the classes."""
+    test, classes = _load(source, saved, train=False)
+    test = test.take(class_balanced_order(test.labels)[:max_images])
+    if len(test) < 2 * len(classes):
+        raise UserError(
+            f"{len(test)} test images are too few for {len(classes)} classes: a level is chosen on one half of them "
+            f"and reported on the other; use at least {2 * len(classes)}"
+        )
+    return test, classes
+
+
+def finetuning_rates(saved: Checkpoint, rate: float | str, epochs: int) -> tuple[float, ...]:
+    """The learning rate of each epoch of fine-tuning: `rate`, or for 'rewind' those of the last epochs of training."""
+    if rate != "rewind":
+        return (rate,) * epochs
+    first, t_max = saved.settings.get("learning_rate"), saved.settings.get("T_max")
+    if not isinstance(first, float) or not isinstance(t_max, int) or not saved.epoch or t_max < 1 or not first > 0:
+        raise UserError(
+            f"{saved.path} does not tell the learning rates of its training; give --finetune_learning_rate a number"
+        )
+    return rewound_rates(first, t_max, saved.epoch, epochs)
+
+
+def load_evidence(
+    curves: set[Curve],
+    source: Source,
+    saved: Checkpoint,
+    asked: int | None,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rates: tuple[float, ...],
+) -> tuple[Calibration | None, Finetuning | None]:
+    """What criteria and recoveries of `curves` read of the training split, which is loaded only if one does."""
+    calibrated = any(criterion in NEEDS_CALIBRATION or recover in NEED_CALIBRATION for criterion, _, recover in curves)
+    tuned = any(recover in NEED_TRAINING for _, _, recover in curves)
+    if not calibrated and not tuned:
+        return None, None
+    train, _ = _load(source, saved, train=True)
+    calibration = tuning = None
+    if calibrated:
+        if asked and asked > len(train):
+            raise UserError(f"--calibration_images {asked} is more than the {len(train)} images of the training split")
+        calibration = draw_calibration(train, min(asked or DEFAULT_CALIBRATION, len(train)), seed, device, dtype)
+    if tuned:
+        known = {key: saved.settings.get(key) for key in REFERENCE_TRAINING}
+        given = {key: value for key, value in known.items() if isinstance(value, int | float)}
+        tuning = Finetuning(train.to(device), rates, **REFERENCE_TRAINING | given, dtype=dtype)
+    return calibration, tuning
+
+
+def _load(source: Source, saved: Checkpoint, train: bool) -> tuple[Split, list[str]]:
+    data, num_classes = saved.data, saved.model["num_classes"]
+    usual = CIFAR100_STATISTICS if source.dataset == "cifar100" else CIFAR10_STATISTICS
+    statistics = (tuple(data["mean"]), tuple(data["std"])) if data else usual
+    split, classes = load_split(source, train, statistics)
+    if len(classes) != num_classes:
+        raise UserError(f"{saved.path} tells {num_classes} classes apart, {source.name} has {len(classes)}")
+    if data and data["classes"] != classes:
+        differing = next(pair for pair in zip(data["classes"], classes, strict=False) if pair[0] != pair[1])
+        raise UserError(
+            f"{saved.path} was trained on other classes than {source.name} has: {' against '.join(differing)}"
+        )
+    return split, classes

@@ -1,0 +1,84 @@
+"""From a network and a level to a masked copy of it: scores, allocation, masks."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.allocation import Allocator, prepare, rank
+from sparsity.calibration import Calibration
+from sparsity.criteria import SQUARED, Evidence, score
+from sparsity.header import Curve
+from sparsity.masks import Layer, apply_masks, effective_weight, prune_l1_uniform
+from sparsity.rows import ONE_LAYER
+
+
+class Pruner:
+    """Prunes copies of one network to any level; what does not depend on the level is computed once.
+
+    `network` is unmasked, `layers` names its prunable layers. With `nested`, weights that are zero already go before
+    all others, so that the masks of an earlier level are part of the next one's.
+    """
+
+    def __init__(
+        self, network: nn.Module, layers: list[str], calibration: Calibration | None, seed: int, nested: bool = False
+    ):
+        self.network, self.layers = network, layers
+        self.calibration, self.seed, self.nested = calibration, seed, nested
+        self._scores: dict[str, tuple[dict[str, Tensor], list[str]]] = {}
+        self._allocators: dict[tuple[str, ...], Allocator] = {}
+
+    def prune(self, curve: Curve, level: float) -> tuple[nn.Module, list[str]]:
+        """A masked copy of the network at `level` percent, with weights of its own, and what has to be reported."""
+        criterion, allocation, recovery = curve
+        # Without recovery nobody changes the weights, and the copy shares them.
+        shared = {id(weight): weight for weight in self.network.parameters()} if recovery == "none" else {}
+        model = copy.deepcopy(self.network, shared)
+        names = self.layers
+        if allocation.startswith(ONE_LAYER):
+            names, allocation = [allocation.removeprefix(ONE_LAYER)], "uniform"
+        layers = {name: model.get_submodule(name) for name in names}
+        if (criterion, allocation) == ("l1", "uniform"):
+            prune_l1_uniform(layers, level / 100)
+            return model, []
+        masks, swapped = self._allocator(criterion, allocation, names).masks(level / 100)
+        apply_masks(layers, masks)
+        notes = list(self._scores[criterion][1])
+        if swapped:
+            notes.append(f"{swapped} weights swapped so that no layer is empty")
+        return model, notes
+
+    def _allocator(self, criterion: str, allocation: str, names: list[str]) -> Allocator:
+        key = (criterion, allocation, *names)
+        if key not in self._allocators:
+            if criterion not in self._scores:
+                self._scores = {criterion: self._score(criterion)}  # the last criterion's are not needed any more
+            scores, _ = self._scores[criterion]
+            ranking = rank({name: scores[name] for name in names}, squared=criterion in SQUARED)
+            self._allocators = {key: prepare(allocation, ranking)}
+        return self._allocators[key]
+
+    def _score(self, criterion: str) -> tuple[dict[str, Tensor], list[str]]:
+        layers: dict[str, Layer] = {name: self.network.get_submodule(name) for name in self.layers}
+        notes: list[str] = []
+        scores = score(criterion, Evidence(self.network, layers, self.calibration, self.seed, notes))
+        if self.nested:
+            lowest = min(float(values.min()) for values in scores.values())
+            tiny = torch.finfo(torch.float32).tiny
+            for name, layer in layers.items():
+                above = (scores[name] - min(lowest, 0.0)).clamp_min(tiny)
+                scores[name] = torch.where(layer.weight.detach() == 0, 0.0, above)
+        return scores, notes
+
+
+def baked(model: nn.Module, dense: nn.Module) -> nn.Module:
+    """A plain network with the effective weights of the masked `model`; `dense`, of its structure, stays as it is."""
+    plain = copy.deepcopy(dense)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, target in plain.state_dict().items():
+            if name in state:
+                target.copy_(state[name])
+            else:  # a masked weight, held as weight_orig and weight_mask
+                target.copy_(effective_weight(model.get_submodule(name.rpartition(".")[0])))
+    return plain.eval()

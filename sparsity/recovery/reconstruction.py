@@ -1,0 +1,221 @@
+"""Layer-wise refit of the remaining weights by least squares: no labels, no gradients of the network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsity.calibration import Calibration, draw_positions, input_rows
+from sparsity.evaluation import refresh
+from sparsity.masks import Layer, effective_weight
+
+DAMPING = 0.01  # share of the mean diagonal of the second moment
+ITERATIONS = 60  # of conjugate gradients, at most
+RESIDUAL = 1e-3  # of the starting residual, at which they stop
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over positions: `inputs` [d, d] of x x^T and `cross` [out, d] of y x^T, for inputs x and targets y."""
+
+    inputs: Tensor
+    cross: Tensor
+
+
+@dataclass(frozen=True)
+class Refit:
+    """New weights [out, d], zero outside of the mask, and how many rows kept their masked weights as a fallback."""
+
+    weight: Tensor
+    kept_rows: int
+
+
+def refit(
+    weight: Tensor,
+    mask: Tensor,
+    moments: Moments,
+    damping: float = DAMPING,
+    iterations: int = ITERATIONS,
+    residual: float = RESIDUAL,
+) -> Refit:
+    """Fit the weights [out, d] that `mask` (boolean) leaves, so that outputs come closest to the targets.
+
+    Minimises mean |y - W' x|^2 + lambda |W' - W|^2 over W' with the support of `mask`, where lambda is `damping` times
+    the mean diagonal of the second moment: it pulls towards the masked weights, not towards zero. All rows are
+    solved at once by conjugate gradients projected on the mask, with the diagonal as preconditioner (Hestenes and
+    Stiefel, 1952). They start at the masked weights and lower the sum at every step, so that stopping early is safe.
+    A row whose error did not fall, as rounding or a second moment that is not one may have it, keeps its weights.
+    """
+    start = torch.where(mask, weight, 0)
+    diagonal = moments.inputs.diagonal()
+    shift = damping * diagonal.mean()
+    free = mask & (diagonal > 0)  # an input that is always zero tells nothing of its weight
+    inverse = torch.where(free, 1 / (diagonal + shift), 0)
+    slope = torch.where(free, moments.cross - start @ moments.inputs, 0)  # [out, d]
+    change, left = torch.zeros_like(start), slope.clone()
+    direction = inverse * left
+    energy = _dot(left, direction)
+    enough = residual**2 * energy
+    for _ in range(iterations):
+        # A row that is done stands still; going on would lead into denormal numbers, which are slow.
+        direction = torch.where(energy > enough, direction, 0)
+        if not direction.any():
+            break
+        image = torch.where(free, torch.addmm(shift * direction, direction, moments.inputs), 0)
+        step = _ratio(energy, _dot(direction, image))
+        change += step * direction
+        left -= step * image
+        scaled = inverse * left
+        before, energy = energy, _dot(left, scaled)
+        direction = scaled + _ratio(energy, before) * direction
+    # The change of a row's mean squared error, computed without the two errors, whose difference would cancel.
+    gain = _dot(change @ moments.inputs, change) - 2 * _dot(change, slope)
+    better = torch.isfinite(gain) & (gain <= 0)  # [out, 1]
+    kept_rows = int((~better).sum())
+    return Refit(torch.where(better & free, start + change, start), kept_rows)
+
+
+@torch.no_grad()
+def reconstruct(
+    model: nn.Module,
+    dense: nn.Module,
+    layers: list[str],
+    calibration: Calibration,
+    copies: tuple[fx.GraphModule, fx.GraphModule],
+    damping: float = DAMPING,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> list[str]:
+    """Refit, in place, the remaining weights of the pruned `model`, layer by layer in the order of execution.
+
+    Each layer of `layers` is given what it really receives in the pruned network, whose earlier layers are refitted
+    already, and the outputs of `dense` on the same images as targets: min ||W X_dense - W' X_pruned||^2 with the
+    support of W' in the mask (layer-wise reconstruction as in arXiv 2208.11580 and AdaPrune, arXiv 2102.08124, here
+    with sequential inputs). Biases stay. A layer that has its dense weights and receives what it did before keeps
+    them to the bit. `copies` are two unfolded inference copies of the same structure, which are overwritten. Returns
+    what had to be reported: layers and rows that could not be refitted. `on_layer` is told each layer's name when it
+    is done.
+    """
+    for copy, network in zip(copies, (model, dense), strict=True):
+        refresh(copy, network)
+    pruned, ideal = (_Stream(copy, calibration) for copy in copies)
+    waiting = [node for node in pruned.nodes if node.op == "call_module" and node.target in layers]
+    calls = [node.target for node in waiting]
+    notes, kept = [], 0
+    changed = False  # whether the pruned network differs from the dense one so far
+    while waiting:
+        pruned.advance(waiting[0])
+        ideal.advance(ideal.node(waiting[0].name))
+        ready = [node for node in waiting if pruned.holds(node.args[0])]
+        for node in ready:
+            layer, original = model.get_submodule(node.target), dense.get_submodule(node.target)
+            mask = _mask(layer)
+            if not changed and mask.all():
+                continue
+            changed = True
+            if calls.count(node.target) > 1 or not _can_unfold(layer):
+                notes.append(f"{node.target} was not refitted")
+                continue
+            keys = pruned.nodes.index(node)
+            moments = _moments(original, pruned.inputs(node), ideal.inputs(ideal.node(node.name)), calibration, keys)
+            result = refit(effective_weight(layer).flatten(1), mask, moments, damping)
+            kept += result.kept_rows
+            _set_weight(layer, result.weight)
+            copies[0].get_submodule(node.target).weight.copy_(result.weight.view_as(original.weight))
+            on_layer(node.target)
+        waiting = [node for node in waiting if node not in ready]
+    if kept:
+        notes.append(f"{kept} rows kept their masked weights")
+    return notes
+
+
+def inputs_first(copy: fx.GraphModule) -> fx.GraphModule:
+    """Let every layer run as soon as its input is there, in place: a shortcut before the branch that it bypasses.
+
+    The input of a block is then freed after its first layers instead of being held until the last.
+    """
+    order = {node: index for index, node in enumerate(copy.graph.nodes)}
+    for node in list(copy.graph.nodes):
+        if node.op == "call_module" and isinstance(copy.get_submodule(node.target), Layer):
+            first = min(node.args[0].users, key=order.__getitem__)
+            if first is not node:
+                first.prepend(node)
+    copy.graph.lint()
+    copy.recompile()
+    return copy
+
+
+class _Stream:
+    """The calibration images on their way through a network, batch by batch, from one layer to the next."""
+
+    def __init__(self, network: fx.GraphModule, calibration: Calibration):
+        self.interpreter = fx.Interpreter(network)
+        self.nodes = list(network.graph.nodes)
+        first = next(node for node in self.nodes if node.op == "placeholder")
+        self.values = [{first: images} for images, _ in calibration.batches()]
+        self.next = self.nodes.index(first) + 1
+
+    def node(self, name: str) -> fx.Node:
+        return next(node for node in self.nodes if node.name == name)
+
+    def advance(self, layer: fx.Node) -> None:
+        """Compute everything before `layer`, and free what nothing after it reads."""
+        stop = self.nodes.index(layer)
+        for values in self.values:
+            self.interpreter.env = values
+            for node in self.nodes[self.next : stop]:
+                values[node] = self.interpreter.run_node(node)
+                for done in self.interpreter.user_to_last_uses.get(node, ()):
+                    values.pop(done, None)
+        self.next = stop
+
+    def holds(self, node: fx.Node) -> bool:
+        return node in self.values[0]
+
+    def inputs(self, layer: fx.Node) -> list[Tensor]:
+        """What `layer` receives: one tensor a batch."""
+        return [values[layer.args[0]] for values in self.values]
+
+
+def _moments(layer: Layer, received: list[Tensor], ideal: list[Tensor], calibration: Calibration, key: int) -> Moments:
+    """Second moments of what the pruned network sends into `layer` (dense), and of that with the dense outputs."""
+    weight = layer.weight.flatten(1)
+    inputs = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    cross = torch.zeros_like(weight)
+    count = 0
+    for batch, (ours, theirs) in enumerate(zip(received, ideal, strict=True)):
+        positions = draw_positions(layer, ours, calibration, key, batch)
+        rows = input_rows(layer, ours, positions)  # [N, d]
+        targets = input_rows(layer, theirs, positions) @ weight.T  # [N, out]
+        inputs.addmm_(rows.T, rows)
+        cross.addmm_(targets.T, rows)
+        count += len(rows)
+    return Moments(inputs / count, cross / count)
+
+
+def _mask(layer: Layer) -> Tensor:
+    """The mask of a layer as [out, d], boolean; all true where it has none."""
+    mask = getattr(layer, "weight_mask", None)
+    return torch.ones_like(layer.weight, dtype=torch.bool).flatten(1) if mask is None else mask.flatten(1) != 0
+
+
+def _can_unfold(layer: Layer) -> bool:
+    return isinstance(layer, nn.Linear) or (
+        layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
+
+
+def _set_weight(layer: Layer, weight: Tensor) -> None:
+    target = layer.weight_orig if hasattr(layer, "weight_orig") else layer.weight
+    target.copy_(weight.view_as(target))
+    if hasattr(layer, "weight_orig"):
+        layer.weight = target * layer.weight_mask  # otherwise stale until the next forward pass
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """above / below, and 0 where there is nothing to divide by: in rows that are done."""
+    return torch.where(below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), 0)
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    return (first * second).sum(dim=1, keepdim=True)
