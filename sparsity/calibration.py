@@ -32,14 +32,16 @@ class Calibration:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, dtype: torch.dtype | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images [B, C, H, W] in `dtype` (by default that of the calibration) and labels [B].
+    def batches(
+        self, dtype: torch.dtype | None = None, batch_size: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images [B, C, H, W] and labels [B]; type and size by default those of the calibration.
 
         A last batch of a single image joins the one before it: one image may be one value a channel, of which there
         is no variance.
         """
         total = len(self)
-        starts = list(range(0, total, self.batch_size))
+        starts = list(range(0, total, batch_size or self.batch_size))
         if len(starts) > 1 and total - starts[-1] == 1:
             starts.pop()
         for start, end in zip(starts, [*starts[1:], total], strict=True):

@@ -1,18 +1,20 @@
 """Layer-wise refit of the remaining weights by least squares: no labels, no gradients of the network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsity.calibration import Calibration, draw_positions, input_rows
-from sparsity.evaluation import refresh
+from sparsity.evaluation import default_batch_size, refresh
 from sparsity.masks import Layer, effective_weight
+from sparsity.runtime import release_memory
 
 DAMPING = 0.01  # share of the mean diagonal of the second moment
 ITERATIONS = 60  # of conjugate gradients, at most
 RESIDUAL = 1e-3  # of the starting residual, at which they stop
+HELD_BYTES = 768 << 20  # of activations that are kept for each of the two networks
 
 
 @dataclass(frozen=True)
@@ -101,31 +103,39 @@ def reconstruct(
     pruned, ideal = (_Stream(copy, calibration) for copy in copies)
     waiting = [node for node in pruned.nodes if node.op == "call_module" and node.target in layers]
     calls = [node.target for node in waiting]
-    notes, kept = [], 0
+    notes, kept_rows = [], 0
     changed = False  # whether the pruned network differs from the dense one so far
     while waiting:
-        pruned.advance(waiting[0])
-        ideal.advance(ideal.node(waiting[0].name))
-        ready = [node for node in waiting if pruned.holds(node.args[0])]
-        for node in ready:
-            layer, original = model.get_submodule(node.target), dense.get_submodule(node.target)
-            mask = _mask(layer)
-            if not changed and mask.all():
-                continue
-            changed = True
-            if calls.count(node.target) > 1 or not _can_unfold(layer):
-                notes.append(f"{node.target} was not refitted")
-                continue
-            keys = pruned.nodes.index(node)
-            moments = _moments(original, pruned.inputs(node), ideal.inputs(ideal.node(node.name)), calibration, keys)
-            result = refit(effective_weight(layer).flatten(1), mask, moments, damping)
-            kept += result.kept_rows
-            _set_weight(layer, result.weight)
-            copies[0].get_submodule(node.target).weight.copy_(result.weight.view_as(original.weight))
-            on_layer(node.target)
+        # Everything that reads what the next layer reads is refitted with it.
+        ready = [node for node in waiting if node.args[0] is waiting[0].args[0]]
         waiting = [node for node in waiting if node not in ready]
-    if kept:
-        notes.append(f"{kept} rows kept their masked weights")
+        refitted = [node for node in ready if changed or not _mask(model.get_submodule(node.target)).all()]
+        changed = changed or bool(refitted)
+        sums = {}
+        for node in refitted:
+            original = dense.get_submodule(node.target)
+            if calls.count(node.target) == 1 and _can_unfold(original):
+                sums[node] = _Sums(original)
+            else:
+                notes.append(f"{node.target} was not refitted")
+        streams = zip(pruned.run(ready[0]), ideal.run(ideal.node(ready[0].name)), strict=True)
+        for batch, (ours, theirs) in enumerate(streams):
+            for node, total in sums.items():
+                received = ours[node.args[0]]
+                keys = pruned.nodes.index(node), batch
+                positions = draw_positions(total.layer, received, calibration, *keys)
+                total.add(received, theirs[ideal.node(node.args[0].name)], positions)
+        for node, total in sums.items():
+            layer = model.get_submodule(node.target)
+            result = refit(effective_weight(layer).flatten(1), _mask(layer), total.moments(), damping)
+            kept_rows += result.kept_rows
+            _set_weight(layer, result.weight)
+            target = copies[0].get_submodule(node.target).weight
+            target.copy_(result.weight.view_as(target))
+            on_layer(node.target)
+        release_memory()  # activations come and go by the gigabyte
+    if kept_rows:
+        notes.append(f"{kept_rows} rows kept their masked weights")
     return notes
 
 
@@ -146,51 +156,62 @@ def inputs_first(copy: fx.GraphModule) -> fx.GraphModule:
 
 
 class _Stream:
-    """The calibration images on their way through a network, batch by batch, from one layer to the next."""
+    """The calibration images on their way through a network, batch by batch, from one layer to the next.
+
+    What later layers read is kept where it takes no more than HELD_BYTES; otherwise it is computed again from the last
+    place where it was kept.
+    """
 
     def __init__(self, network: fx.GraphModule, calibration: Calibration):
         self.interpreter = fx.Interpreter(network)
         self.nodes = list(network.graph.nodes)
         first = next(node for node in self.nodes if node.op == "placeholder")
-        self.values = [{first: images} for images, _ in calibration.batches()]
-        self.next = self.nodes.index(first) + 1
+        batch_size = default_batch_size(calibration.images.images.device)
+        self.kept = [{first: images} for images, _ in calibration.batches(batch_size=batch_size)]
+        self.start = self.nodes.index(first) + 1
 
     def node(self, name: str) -> fx.Node:
         return next(node for node in self.nodes if node.name == name)
 
-    def advance(self, layer: fx.Node) -> None:
-        """Compute everything before `layer`, and free what nothing after it reads."""
-        stop = self.nodes.index(layer)
-        for values in self.values:
-            self.interpreter.env = values
-            for node in self.nodes[self.next : stop]:
+    def run(self, layer: fx.Node) -> Iterator[dict[fx.Node, Tensor]]:
+        """For each batch, the values that `layer` and those after it read, computed up to `layer`."""
+        stop, keep = self.nodes.index(layer), None
+        for batch, before in enumerate(self.kept):
+            values = self.interpreter.env = dict(before)
+            for node in self.nodes[self.start : stop]:
                 values[node] = self.interpreter.run_node(node)
                 for done in self.interpreter.user_to_last_uses.get(node, ()):
                     values.pop(done, None)
-        self.next = stop
+            if keep is None:
+                size = sum(value.numel() * value.element_size() for value in values.values())
+                keep = size * len(self.kept) <= HELD_BYTES
+            if keep:
+                self.kept[batch] = values
+            yield values
+        if keep:
+            self.start = stop
 
-    def holds(self, node: fx.Node) -> bool:
-        return node in self.values[0]
 
-    def inputs(self, layer: fx.Node) -> list[Tensor]:
-        """What `layer` receives: one tensor a batch."""
-        return [values[layer.args[0]] for values in self.values]
+class _Sums:
+    """The moments of a layer's fit, batch after batch; `layer` is that of the dense network."""
 
+    def __init__(self, layer: Layer):
+        self.layer, self.weight = layer, layer.weight.flatten(1)
+        width = self.weight.shape[1]
+        self.inputs = torch.zeros(width, width, device=self.weight.device)
+        self.cross = torch.zeros_like(self.weight)
+        self.count = 0
 
-def _moments(layer: Layer, received: list[Tensor], ideal: list[Tensor], calibration: Calibration, key: int) -> Moments:
-    """Second moments of what the pruned network sends into `layer` (dense), and of that with the dense outputs."""
-    weight = layer.weight.flatten(1)
-    inputs = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-    cross = torch.zeros_like(weight)
-    count = 0
-    for batch, (ours, theirs) in enumerate(zip(received, ideal, strict=True)):
-        positions = draw_positions(layer, ours, calibration, key, batch)
-        rows = input_rows(layer, ours, positions)  # [N, d]
-        targets = input_rows(layer, theirs, positions) @ weight.T  # [N, out]
-        inputs.addmm_(rows.T, rows)
-        cross.addmm_(targets.T, rows)
-        count += len(rows)
-    return Moments(inputs / count, cross / count)
+    def add(self, received: Tensor, ideal: Tensor, positions: Tensor | None) -> None:
+        """One batch of what the layer receives in the pruned network and of what it received in the dense one."""
+        rows = input_rows(self.layer, received, positions)  # [N, d]
+        targets = input_rows(self.layer, ideal, positions) @ self.weight.T  # [N, out]
+        self.inputs.addmm_(rows.T, rows)
+        self.cross.addmm_(targets.T, rows)
+        self.count += len(rows)
+
+    def moments(self) -> Moments:
+        return Moments(self.inputs.div_(self.count), self.cross.div_(self.count))
 
 
 def _mask(layer: Layer) -> Tensor:
