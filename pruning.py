@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -118,11 +119,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, with those refused that have no meaning together."""
     parser = build_parser()
     args, explicit = parse_with_explicit(parser, argv)
-    methods = explicit & {"criterion", "allocation", "recover", "exclude"}
+    methods = explicit & {"criterion", "allocation", "recover"}
     if args.compare and (methods or args.sensitivity or "schedule" in explicit):
         parser.error(
-            "--compare is a panel of its own; leave out --criterion --allocation --recover --exclude "
-            "--schedule --sensitivity"
+            "--compare is a panel of its own; leave out --criterion --allocation --recover --schedule --sensitivity"
         )
     if args.sensitivity and ("allocation" in explicit or args.schedule == "iterative"):
         parser.error("--sensitivity prunes one layer at a time; leave out --allocation and --schedule")
@@ -165,9 +165,20 @@ def sweep_levels(args: argparse.Namespace) -> None:
     dtype = runtime.dtype_of(args.precision)
     inference = inference_copy(dense.to(device), dtype)
     kind = "sensitivity" if args.sensitivity else "pruning"
-    files = SweepFiles(args.images_dir / f"{output_name(args.name, source, saved.model)}_{kind}")
+    files = SweepFiles(args.images_dir / f"{inputs.output_name(args.name, source, saved.model)}_{kind}")
     header = describe_run(args, source, test, classes, saved, checkpoints, panel)
     sizes = {name: layer.weight.numel() for name, layer in prunable.items()}
+    load = functools.partial(
+        inputs.load_evidence,
+        source=source,
+        saved=saved,
+        asked=args.calibration_images,
+        seed=args.seed,
+        dtype=dtype,
+        device=device,
+        rates=rates,
+    )
+    evidence = load(set(panel)) if args.restart else None  # before the rows go that would be missed if it failed
     sweep = report.open_sweep(files, header, test.labels.numpy(), sizes, args.restart)
     if args.restart:
         state_file(files).unlink(missing_ok=True)
@@ -175,10 +186,9 @@ def sweep_levels(args: argparse.Namespace) -> None:
     checkpoints, iterative = sweep.header["checkpoints"], args.schedule == "iterative"
     missing = {name: missing_curves(sweep, name, panel, whole=iterative) for name in checkpoints}
     wanted = {curve for curves in missing.values() for curve in curves}
-    evidence = inputs.load_evidence(wanted, source, saved, args.calibration_images, args.seed, dtype, device, rates)
-    means = Means(dense, tuple(prunable), *evidence)
+    means = Means(dense, tuple(prunable), *(evidence or load(wanted)))
     sweep.record_calibration(means.calibration.images.hash() if means.calibration else None)
-    networks = announce(sweep, missing, means, inference, test.to(device), args.batch_size)
+    networks = forecast.announce(sweep, missing, means, inference, test.to(device), args.batch_size)
     del saved, dense
 
     with tqdm(total=networks * len(test), unit="img", disable=None, leave=False) as bar:
@@ -266,12 +276,6 @@ def describe_checkpoints(paths: list[Path]) -> dict[str, dict[str, Any]]:
     return described
 
 
-def output_name(name: str | None, source: Source, spec: dict) -> str:
-    """The stem of the outputs; that images are synthetic is always in it."""
-    name = name or f"{source.name}_{spec['arch']}"
-    return name if source.dataset != "synthetic" or "synthetic" in name else f"synthetic_{name}"
-
-
 def describe_run(
     args: argparse.Namespace,
     source: Source,
@@ -301,14 +305,7 @@ def describe_run(
             "finetune": f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
             "torch": str(torch.__version__),
         },
-        "data": {
-            "dataset": source.name,
-            "image_size": source.image_size,
-            "mean": list(test.mean),
-            "std": list(test.std),
-            "classes": classes,
-            "test_sha256": test.hash(),
-        },
+        "data": inputs.describe_data(source, test, classes),
         "checkpoints": checkpoints,
         "versions": runtime.versions(),
         "machine": runtime.machine(device),
@@ -319,25 +316,6 @@ def describe_run(
 def shorten(names: list[str]) -> str:
     """Names in a title: all of one or two, otherwise the first and a count."""
     return ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
-
-
-def announce(
-    sweep: Sweep, missing: dict[str, Panel], means: Means, inference: nn.Module, test: Split, batch_size: int
-) -> int:
-    """Say what is kept and, from a first few batches, how long the rest will take; returns the networks to evaluate."""
-    if sweep.rows:
-        print(f"{len(sweep.rows)} rows in {sweep.files.csv} were measured with these settings and are kept")
-    networks = sum(name not in sweep.dense for name in missing)
-    for name, curves in missing.items():
-        networks += sum(not sweep.has(name, curve, level) for curve, levels in curves.items() for level in levels)
-    if networks:
-        panels = list(missing.values())
-        seconds, rate = forecast.sweep_seconds(panels, networks, means, inference, test, batch_size)
-        recovered = sum(curve[2] != "none" for curves in panels for curve in curves)
-        extra = f", and recovery in {recovered} curves" if recovered else ""
-        work = f"{networks} networks x {len(test):,} images at {rate:,.0f} images/s{extra}"
-        print(f"about {runtime.duration(seconds)}: {work}", flush=True)
-    return networks
 
 
 def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:

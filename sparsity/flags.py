@@ -73,7 +73,12 @@ def stem_type(text: str) -> str:
 
 def rate_type(text: str) -> float | str:
     """An argparse type: a learning rate above 0, or the word 'rewind'."""
-    return text if text == "rewind" else number(0, 1e30, above=True)(text)
+    if text == "rewind":
+        return text
+    try:
+        return number(0, 1e30, above=True)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number above 0 nor rewind") from error
 
 
 def device_name(text: str) -> str:

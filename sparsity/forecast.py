@@ -13,8 +13,29 @@ from sparsity.masks import positions_per_image
 from sparsity.panel import Panel
 from sparsity.recovery import Means
 from sparsity.recovery.reconstruction import ITERATIONS
+from sparsity.report import Sweep
+from sparsity.runtime import duration
 
 TRAINING_COST = 3.5  # of a forward pass of evaluation: forward, two backward products, the optimizer's step
+
+
+def announce(
+    sweep: Sweep, missing: dict[str, Panel], means: Means, inference: nn.Module, test: Split, batch_size: int
+) -> int:
+    """Say what is kept and, from a first few batches, how long the rest will take; returns the networks to evaluate."""
+    if sweep.rows:
+        print(f"{len(sweep.rows)} rows in {sweep.files.csv} were measured with these settings and are kept")
+    networks = sum(name not in sweep.dense for name in missing)
+    for name, curves in missing.items():
+        networks += sum(not sweep.has(name, curve, level) for curve, levels in curves.items() for level in levels)
+    if networks:
+        panels = list(missing.values())
+        seconds, rate = sweep_seconds(panels, networks, means, inference, test, batch_size)
+        recovered = sum(curve[2] != "none" for curves in panels for curve in curves)
+        extra = f", and recovery in {recovered} curves" if recovered else ""
+        work = f"{networks} networks x {len(test):,} images at {rate:,.0f} images/s{extra}"
+        print(f"about {duration(seconds)}: {work}", flush=True)
+    return networks
 
 
 def evaluation_rate(network: nn.Module, test: Split, batch_size: int) -> float:

@@ -1,12 +1,13 @@
 """The images that a checkpoint is tested on, and the training images that calibration and fine-tuning read."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparsity.calibration import Calibration, draw_calibration
 from sparsity.checkpoint import Checkpoint
-from sparsity.criteria import NEEDS_CALIBRATION
+from sparsity.criteria import NEEDS_CALIBRATION, READS_LABELS
 from sparsity.data import (
     CIFAR10_STATISTICS,
     CIFAR100_STATISTICS,
@@ -50,6 +51,24 @@ def load_test_images(source: Source, saved: Checkpoint, max_images: int | None) 
     return test, classes
 
 
+def output_name(name: str | None, source: Source, spec: dict) -> str:
+    """The stem of the outputs; that images are synthetic is always in it."""
+    name = name or f"{source.name}_{spec['arch']}"
+    return name if source.dataset != "synthetic" or "synthetic" in name else f"synthetic_{name}"
+
+
+def describe_data(source: Source, test: Split, classes: list[str]) -> dict[str, Any]:
+    """What a sweep's JSON tells of its images."""
+    return {
+        "dataset": source.name,
+        "image_size": source.image_size,
+        "mean": list(test.mean),
+        "std": list(test.std),
+        "classes": classes,
+        "test_sha256": test.hash(),
+    }
+
+
 def finetuning_rates(saved: Checkpoint, rate: float | str, epochs: int) -> tuple[float, ...]:
     """The learning rate of each epoch of fine-tuning: `rate`, or for 'rewind' those of the last epochs of training."""
     if rate != "rewind":
@@ -82,8 +101,11 @@ def load_evidence(
     if calibrated:
         if asked and asked > len(train):
             raise UserError(f"--calibration_images {asked} is more than the {len(train)} images of the training split")
+        if any(criterion in READS_LABELS for criterion, _, _ in curves):
+            print("the criterion gradient reads the labels of the calibration images")
         calibration = draw_calibration(train, min(asked or DEFAULT_CALIBRATION, len(train)), seed, device, dtype)
     if tuned:
+        print(f"fine-tuning reads the labels of {len(train):,} training images")
         known = {key: saved.settings.get(key) for key in REFERENCE_TRAINING}
         given = {key: value for key, value in known.items() if isinstance(value, int | float)}
         tuning = Finetuning(train.to(device), rates, **REFERENCE_TRAINING | given, dtype=dtype)

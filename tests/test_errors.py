@@ -42,6 +42,8 @@ def place(tmp_path, monkeypatch, tiny_checkpoint, image_folder):
     write_image_folder(tmp_path / "renamed")
     for split in ("train", "test"):
         (tmp_path / "renamed" / split / "red").rename(tmp_path / "renamed" / split / "orange")
+    write_image_folder(tmp_path / "torn")
+    (tmp_path / "torn" / "train" / "red" / "001.png").write_bytes(b"no image")
     (tmp_path / "states").mkdir()
     torch.save(content, "states/colours_resnet18_last.pth")
     return tmp_path
@@ -123,7 +125,41 @@ SWEEP = {
     "--checkpoint good.pth --images_dir file": (1, "--images_dir file cannot be written to"),
     "--checkpoint good.pth --device cuda:99": (1, "cannot be used here"),
 }
-CASES = [(run, *item) for item in RUN.items()] + [(pruning, *item) for item in SWEEP.items()]
+METHODS = {
+    "--criterion": (2, "expected at least one argument"),
+    "--criterion l1 obs l0": (2, "invalid choice: 'l0'"),
+    "--allocation equal": (2, "invalid choice: 'equal'"),
+    "--allocation lamp,erk": (2, "invalid choice: 'lamp,erk'"),
+    "--recover retrain": (2, "invalid choice: 'retrain'"),
+    "--schedule gradual": (2, "invalid choice: 'gradual'"),
+    "--exclude": (2, "expected at least one argument"),
+    "--calibration_images 1": (2, "from 2"),
+    "--calibration_images all": (2, "'all' is not a whole number"),
+    "--finetune_epochs 0 --recover finetune": (2, "from 1"),
+    "--finetune_learning_rate 0 --recover finetune": (2, "above 0"),
+    "--finetune_learning_rate fast --recover finetune": (2, "'fast' is neither a number above 0 nor rewind"),
+    "--finetune_learning_rate nan --recover finetune": (2, "'nan' is neither a number above 0 nor rewind"),
+    "--finetune_epochs 3": (2, "no effect without --recover finetune"),
+    "--finetune_learning_rate 0.1 --compare": (2, "no effect without --recover finetune"),
+    "--compare --criterion l1": (2, "--compare is a panel of its own"),
+    "--compare --recover batchnorm": (2, "--compare is a panel of its own"),
+    "--compare --schedule iterative": (2, "--compare is a panel of its own"),
+    "--compare --sensitivity": (2, "--compare is a panel of its own"),
+    "--sensitivity --allocation global": (2, "--sensitivity prunes one layer at a time"),
+    "--sensitivity --schedule iterative": (2, "--sensitivity prunes one layer at a time"),
+    "--sensitivity --criterion l1 random": (2, "--sensitivity takes one --criterion"),
+    "--sensitivity --recover none batchnorm": (2, "--sensitivity takes one --criterion and one --recover"),
+    "--checkpoint good.pth --exclude linear.weight": (1, "--exclude linear.weight names no prunable weight"),
+    "--checkpoint good.pth --exclude layer9.*": (1, "--exclude layer9.* names no prunable weight"),
+    "--checkpoint good.pth --exclude *": (1, "leaves no layer to prune"),
+    "--checkpoint good.pth --recover batchnorm --calibration_images 49": (1, "more than the 48 images"),
+    "--checkpoint good.pth --recover batchnorm --data_dir torn": (1, "torn/train/red/001.png is not a readable"),
+    "--checkpoint bare.pth --dataset folder --data_dir colours --recover finetune --finetune_learning_rate rewind": (
+        1,
+        "does not tell the learning rates of its training",
+    ),
+}
+CASES = [(run, *item) for item in RUN.items()] + [(pruning, *item) for item in (SWEEP | METHODS).items()]
 
 
 def files(root):
@@ -167,3 +203,18 @@ def test_damaged_rows_are_told_and_left(place, capsys):
     assert "cannot be read" in capsys.readouterr().err
     assert files(place) == before
     assert pruning.main([*arguments, "--restart"]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags", ["--recover batchnorm --data_dir torn", "--recover batchnorm --calibration_images 49"]
+)
+@pytest.mark.parametrize("restart", [[], ["--restart"]])
+def test_a_run_that_cannot_start_loses_no_rows(place, capsys, flags, restart):
+    arguments = ["--checkpoint", "good.pth", "--levels", "0,50", "--threads", "1"]
+    assert pruning.main(arguments) == 0
+    tables = {path: path.read_bytes() for path in (place / "images").iterdir() if path.suffix != ".json"}
+    assert pruning.main([*arguments, "--recover", "batchnorm", *flags.split(), *restart]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert {path: path.read_bytes() for path in tables} == tables
+    assert pruning.main(arguments) == 0
+    assert "2 rows in" in capsys.readouterr().out

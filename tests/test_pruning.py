@@ -13,6 +13,9 @@ from plain_loop import load_images, plain_result
 import pruning
 import run
 from sparsity import checkpoint
+from sparsity.data import Source
+from sparsity.flags import levels_type
+from sparsity.inputs import output_name
 from sparsity.report import SweepFiles, read_sweep
 from sparsity.statistics import wilson_interval
 
@@ -206,12 +209,10 @@ def test_weights_beyond_all_bounds_are_told(tiny_checkpoint, tmp_path, capsys):
 
 
 def test_synthetic_stays_in_the_name(tiny_checkpoint):
-    from sparsity.data import Source
-
     source = Source("synthetic", None, 16)
     spec = {"arch": "resnet18"}
-    assert pruning.output_name(None, source, spec) == "synthetic_resnet18"
-    assert pruning.output_name("mine", source, spec) == "synthetic_mine"
+    assert output_name(None, source, spec) == "synthetic_resnet18"
+    assert output_name("mine", source, spec) == "synthetic_mine"
 
 
 @pytest.mark.parametrize(
@@ -227,4 +228,4 @@ def test_synthetic_stays_in_the_name(tiny_checkpoint):
     ],
 )
 def test_levels_are_read_as_written(text, levels):
-    assert pruning.levels_type(text) == levels
+    assert levels_type(text) == levels

@@ -8,6 +8,7 @@ from torch import nn
 
 from sparsity.data import Split, training_batches
 from sparsity.masks import Layer
+from sparsity.runtime import UserError
 from sparsity.training import make_optimizer, make_schedule, train_one_epoch
 
 
@@ -65,5 +66,10 @@ def finetune(
         for group in optimizer.param_groups:
             group["lr"] = rate
         batches = training_batches(tuning.train, tuning.batch_size, seed, epoch)
-        train_one_epoch(model, batches, optimizer, tuning.dtype, epoch, on_batch, enforce_masks)
+        try:
+            train_one_epoch(model, batches, optimizer, tuning.dtype, epoch, on_batch, enforce_masks)
+        except UserError as error:  # its way out names a flag of training
+            raise UserError(
+                f"fine-tuning diverged at learning rate {rate:g}; use a smaller --finetune_learning_rate"
+            ) from error
     model.eval()
