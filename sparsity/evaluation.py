@@ -31,13 +31,16 @@ class Evaluation:
         return 100 * self.correct / self.total
 
 
-def inference_copy(model: nn.Module, dtype: torch.dtype = torch.float32, fold: bool = True) -> fx.GraphModule:
+def inference_copy(
+    model: nn.Module, dtype: torch.dtype = torch.float32, fold: bool = True, overwrite: bool = True
+) -> fx.GraphModule:
     """A copy of `model` for inference only: masks baked in, BatchNorm folded, channels_last, weights in `dtype`.
 
     `model` may be masked and stays as it is. The copy is on the same device, in eval mode, without gradients, and
     takes images in `dtype`. `refresh` brings the weights of another network of the same structure into it, so that it
     is made once for a whole sweep. The model must be traceable by `torch.fx`. Without `fold` every BatchNorm stays a
-    module under its own name, in float32, and nothing is overwritten in place, as calibration needs it.
+    module under its own name, in float32, as calibration needs it. Without `overwrite` no activation is overwritten
+    in place, so that a part of the network can be run again from activations that were kept.
     """
     traced = fx.symbolic_trace(model)
     layers = {node: model.get_submodule(node.target) for node in traced.graph.nodes if node.op == "call_module"}
@@ -58,7 +61,7 @@ def inference_copy(model: nn.Module, dtype: torch.dtype = torch.float32, fold: b
     for node in traced.graph.nodes:
         if node.op == "get_attr":
             parts[node.target] = _attribute(model, node.target).detach().clone()
-    if fold:
+    if overwrite:
         _overwrite_in_place(traced.graph, layers)
     result = fx.GraphModule(parts, traced.graph)
     result.folded = folded
@@ -134,11 +137,11 @@ def _following_batch_norm(node: fx.Node, layers: dict[fx.Node, nn.Module], calls
 
 
 def _overwrite_in_place(graph: fx.Graph, layers: dict[fx.Node, nn.Module]) -> None:
-    """Let each addition and each F.relu overwrite the output of a layer, or of an addition, that nothing else reads.
+    """Let each addition and each F.relu overwrite what a layer, BatchNorm or addition gives, if nothing else reads it.
 
     At the widest point of a ResNet this halves the memory that activations take.
     """
-    own: set[fx.Node] = {node for node, layer in layers.items() if isinstance(layer, Layer)}
+    own: set[fx.Node] = {node for node, layer in layers.items() if isinstance(layer, Layer | BatchNorm)}
     for node in graph.nodes:
         first = node.args[0] if node.args else None
         if node.op != "call_function" or first not in own or len(first.users) > 1 or first in node.args[1:]:

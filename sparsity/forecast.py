@@ -51,7 +51,7 @@ def recovery_seconds(recovery: str, means: Means, rate: float) -> float:
         return TRAINING_COST * len(means.tuning.train) * len(means.tuning.rates) / rate
     if recovery not in ("batchnorm", "reconstruction"):
         return 0.0
-    network, (images, _) = means.copies[0], next(means.calibration.batches())
+    network, (images, _) = means.copy, next(means.calibration.batches())
     with torch.inference_mode():
         network(images)
         one_pass = _seconds(lambda: network(images)) * len(means.calibration) / len(images)

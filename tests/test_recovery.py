@@ -18,7 +18,7 @@ from sparsity.masks import apply_masks, effective_weight, prunable_layers, prune
 from sparsity.recovery import RECOVERIES, Means
 from sparsity.recovery.batchnorm import reestimate_batchnorm
 from sparsity.recovery.finetune import Finetuning, finetune, rewound_rates
-from sparsity.recovery.reconstruction import Moments, inputs_first, reconstruct, refit
+from sparsity.recovery.reconstruction import Moments, reconstruct, refit, stream_copy
 from sparsity.runtime import UserError
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_reconstruction_of_the_dense_network_keeps_its_weights_to_the_bit(calibr
     dense = small_resnet()
     model = pruned(dense, 0.0)
     means = means_of(dense, calibration)
-    notes = reconstruct(model, dense, list(means.layers), calibration, means.copies)
+    notes = reconstruct(model, dense, list(means.layers), calibration, means.streams)
     assert notes == []
     for name, layer in prunable_layers(model, EXAMPLE).items():
         assert torch.equal(effective_weight(layer), dense.get_submodule(name).weight)
@@ -77,7 +77,7 @@ def test_reconstruction_of_the_dense_network_keeps_its_weights_to_the_bit(calibr
 def test_an_unpruned_layer_behind_a_pruned_one_is_refitted_and_one_before_it_is_not(small_net, calibration):
     model = pruned(small_net, 0.6, ["down"])
     means = means_of(small_net, calibration)
-    reconstruct(model, small_net, list(means.layers), calibration, means.copies)
+    reconstruct(model, small_net, list(means.layers), calibration, means.streams)
     assert torch.equal(model.stem.weight, small_net.stem.weight)
     assert not torch.equal(model.hidden.weight, small_net.hidden.weight)
 
@@ -114,7 +114,7 @@ def test_no_layer_ends_with_a_larger_error_than_the_plain_mask(calibration, allo
     apply_masks(layers, masks)
     plain = {name: effective_weight(layer).clone() for name, layer in layers.items()}
     means = means_of(dense, calibration)
-    reconstruct(model, dense, list(means.layers), calibration, means.copies)
+    reconstruct(model, dense, list(means.layers), calibration, means.streams)
     images = normalise(calibration.images.images, calibration.images.mean, calibration.images.std)
     received, ideal = (inputs_of(network, means.layers, images) for network in (model, dense))
     better = 0
@@ -182,7 +182,7 @@ def test_activations_that_are_computed_again_change_nothing(calibration, monkeyp
         dense = small_resnet()
         model = pruned(dense, 0.7)
         means = means_of(dense, calibration)
-        reconstruct(model, dense, list(means.layers), calibration, means.copies)
+        reconstruct(model, dense, list(means.layers), calibration, means.streams)
         results.append([effective_weight(layer) for layer in prunable_layers(model, EXAMPLE).values()])
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
@@ -190,7 +190,7 @@ def test_activations_that_are_computed_again_change_nothing(calibration, monkeyp
 def test_layers_run_as_soon_as_they_can_and_the_network_stays_the_same():
     dense = small_resnet()
     plain = inference_copy(dense, fold=False)
-    ordered = inputs_first(inference_copy(dense, fold=False))
+    ordered = stream_copy(dense, torch.float32)
     images = torch.randn(5, 3, 8, 8)
     assert torch.equal(plain(images), ordered(images))
     calls = [node.target for node in ordered.graph.nodes if node.op == "call_module"]
@@ -210,7 +210,7 @@ def test_a_layer_that_runs_twice_is_left_and_told(calibration):
     dense = awaken(Twice())
     model = pruned(dense, 0.5)
     means = means_of(dense, calibration)
-    notes = reconstruct(model, dense, list(means.layers), calibration, means.copies)
+    notes = reconstruct(model, dense, list(means.layers), calibration, means.streams)
     assert any("hidden was not refitted" in note for note in notes)
 
 
@@ -275,7 +275,7 @@ def test_reconstruction_brings_the_outputs_closer_than_the_mask(calibration):
         model = pruned(dense, 0.7)
         means = means_of(dense, calibration)
         if recovery == "reconstruction":
-            reconstruct(model, dense, list(means.layers), calibration, means.copies)
+            reconstruct(model, dense, list(means.layers), calibration, means.streams)
         with torch.no_grad():
             errors[recovery] = float((model(images) - dense(images)).square().mean())
     assert errors["reconstruction"] < 0.5 * errors["none"]

@@ -11,7 +11,7 @@ from sparsity.evaluation import inference_copy
 from sparsity.masks import Layer
 from sparsity.recovery.batchnorm import reestimate_batchnorm
 from sparsity.recovery.finetune import Finetuning, finetune
-from sparsity.recovery.reconstruction import inputs_first, reconstruct
+from sparsity.recovery.reconstruction import reconstruct, stream_copy
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,14 @@ class Means:
     tuning: Finetuning | None = None
 
     @cached_property
-    def copies(self) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Two unfolded inference copies that a recovery may overwrite; made once for all levels."""
-        dtype = self.calibration.dtype
-        return tuple(inputs_first(inference_copy(self.dense, dtype, fold=False)) for _ in range(2))
+    def copy(self) -> fx.GraphModule:
+        """An unfolded inference copy that a recovery may overwrite; made once for all levels."""
+        return inference_copy(self.dense, self.calibration.dtype, fold=False)
+
+    @cached_property
+    def streams(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Two unfolded inference copies, for `reconstruct`; made once for all levels."""
+        return tuple(stream_copy(self.dense, self.calibration.dtype) for _ in range(2))
 
     def masked_layers(self, model: nn.Module) -> dict[str, Layer]:
         """The prunable layers of a pruned network, by name."""
@@ -43,13 +47,13 @@ def _none(model: nn.Module, means: Means, seed: int) -> list[str]:
 
 
 def _batchnorm(model: nn.Module, means: Means, seed: int) -> list[str]:
-    reestimate_batchnorm(model, means.calibration, means.copies[0])
+    reestimate_batchnorm(model, means.calibration, means.copy)
     return []
 
 
 def _reconstruction(model: nn.Module, means: Means, seed: int) -> list[str]:
-    notes = reconstruct(model, means.dense, list(means.layers), means.calibration, means.copies)
-    reestimate_batchnorm(model, means.calibration, means.copies[0])
+    notes = reconstruct(model, means.dense, list(means.layers), means.calibration, means.streams)
+    reestimate_batchnorm(model, means.calibration, means.copy)
     return notes
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsity.calibration import Calibration, draw_positions, input_rows
-from sparsity.evaluation import default_batch_size, refresh
+from sparsity.evaluation import default_batch_size, inference_copy, refresh
 from sparsity.masks import Layer, effective_weight
 from sparsity.runtime import release_memory
 
@@ -94,7 +94,7 @@ def reconstruct(
     already, and the outputs of `dense` on the same images as targets: min ||W X_dense - W' X_pruned||^2 with the
     support of W' in the mask (layer-wise reconstruction as in arXiv 2208.11580 and AdaPrune, arXiv 2102.08124, here
     with sequential inputs). Biases stay. A layer that has its dense weights and receives what it did before keeps
-    them to the bit. `copies` are two unfolded inference copies of the same structure, which are overwritten. Returns
+    them to the bit. `copies` are two of `stream_copy`, whose weights are overwritten. Returns
     what had to be reported: layers and rows that could not be refitted. `on_layer` is told each layer's name when it
     is done.
     """
@@ -139,11 +139,13 @@ def reconstruct(
     return notes
 
 
-def inputs_first(copy: fx.GraphModule) -> fx.GraphModule:
-    """Let every layer run as soon as its input is there, in place: a shortcut before the branch that it bypasses.
+def stream_copy(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule:
+    """An unfolded inference copy for `reconstruct`: nothing in place, and every layer as soon as its input is there.
 
-    The input of a block is then freed after its first layers instead of being held until the last.
+    A shortcut then runs before the branch that it bypasses, and the input of a block is freed after its first layers
+    instead of being held until the last.
     """
+    copy = inference_copy(model, dtype, fold=False, overwrite=False)
     order = {node: index for index, node in enumerate(copy.graph.nodes)}
     for node in list(copy.graph.nodes):
         if node.op == "call_module" and isinstance(copy.get_submodule(node.target), Layer):

@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> None:
     del train
     means = Means(dense, layers, calibration)
     inference = inference_copy(dense, dtype)
-    means.copies[0](next(calibration.batches())[0])  # warm-up
+    means.copy(next(calibration.batches())[0])  # warm-up
     model, _ = Pruner(dense, list(layers), calibration, 0).prune(("l1", "uniform", args.only), args.level)
     notes: list[str] = []
     spent = seconds(lambda: notes.extend(RECOVERIES[args.only](model, means, 0)), device)
@@ -78,15 +78,11 @@ def measure(args: argparse.Namespace) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
-    print(
-        f"{args.only:15} {spent:7.1f} s a level; evaluating {len(test):,} images {evaluating:.1f} s; peak {peak:,.0f} MiB"
-    )
+    beside = f"evaluating {len(test):,} images {evaluating:.1f} s"
+    print(f"{args.only:15} {spent:7.1f} s a level; {beside}; peak {peak:,.0f} MiB")
+    sampled = f"{len(calibration):,} images, at most {calibration.position_limit:,} positions a layer"
     kind = str(dtype).removeprefix("torch.")
-    print(
-        f"{'':15} {len(calibration):,} images, at most {calibration.position_limit:,} positions a layer, {kind}, ",
-        end="",
-    )
-    print(f"{threads} threads, {zeros:,} zeros" + "".join(f"; {note}" for note in notes))
+    print(" " * 16 + "; ".join([f"{sampled}, {kind}, {threads} threads, {zeros:,} zeros", *notes]))
 
 
 def main() -> None:
