@@ -228,7 +228,8 @@ def sweep_curves(bench: Bench, name: str, curves: Panel, means: Means, seed: int
                 del model  # a masked network is three times as large as what is evaluated
                 runtime.release_memory()
             if iterative:
-                chain.save_state(state_file(sweep.files), row_key(name, curve, level), pruner.network)
+                key = row_key(name, curve, level)
+                chain.save_state(state_file(sweep.files), key, sweep.fingerprint(), pruner.network)
 
 
 def continue_chain(
@@ -237,7 +238,7 @@ def continue_chain(
     """Where an iterative curve goes on: the pruner that starts from the level before, and the levels from there."""
     network = baked(means.dense, means.dense)
     keys = [row_key(name, curve, level) for level in levels]
-    passed = chain.load_state(state_file(sweep.files), keys, network)
+    passed = chain.load_state(state_file(sweep.files), keys, sweep.fingerprint(), network)
     if any(key not in sweep.rows for key in keys[:passed]):  # a row was lost that the state is beyond
         passed, network = 0, means.dense
     nested = passed > 0

@@ -8,22 +8,22 @@ from sparsity import checkpoint
 from sparsity.runtime import UserError
 
 
-def save_state(path: Path, key: str, network: nn.Module) -> None:
-    """Keep `network`, which is plain, as that of the row `key`."""
-    checkpoint.save(path, {"net": checkpoint.plain_state(network), "row": key})
+def save_state(path: Path, key: str, sweep: str, network: nn.Module) -> None:
+    """Keep `network`, which is plain, as that of the row `key` of the sweep with the fingerprint `sweep`."""
+    checkpoint.save(path, {"net": checkpoint.plain_state(network), "row": key, "sweep": sweep})
 
 
-def load_state(path: Path, keys: list[str], network: nn.Module) -> int:
+def load_state(path: Path, keys: list[str], sweep: str, network: nn.Module) -> int:
     """How many of the rows `keys` are behind the network on disk, which is loaded into `network` in place.
 
-    0, and `network` as it was, where there is no such file or it is that of another curve: the curve is then pruned
-    again from its first level.
+    0, and `network` as it was, where there is no such file or it is that of another curve or sweep: the curve is then
+    pruned again from its first level.
     """
     if not path.exists():
         return 0
     saved = checkpoint.load(path)
     row = saved.content.get("row")
-    if row not in keys:
+    if row not in keys or saved.content.get("sweep") != sweep:
         return 0
     try:
         network.load_state_dict(saved.net)

@@ -45,7 +45,8 @@ class Pruner:
         apply_masks(layers, masks)
         notes = list(self._scores[criterion][1])
         if swapped:
-            notes.append(f"{swapped} weights swapped so that no layer is empty")
+            weights = "1 weight" if swapped == 1 else f"{swapped} weights"
+            notes.append(f"{weights} swapped so that no layer is empty")
         return model, notes
 
     def _allocator(self, criterion: str, allocation: str, names: list[str]) -> Allocator:

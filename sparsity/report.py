@@ -1,6 +1,7 @@
 """Results as data: the rows of a sweep in CSV, its settings in JSON, its predictions in NPZ."""
 
 import csv
+import hashlib
 import io
 import json
 import zipfile
@@ -95,6 +96,12 @@ class Sweep:
         self._sort()
         self._write_predictions()
         write_csv(self.files.csv, COLUMNS, (asdict(row) | {"level": level_text(row.level)} for row in self.table()))
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides what a network of this sweep is."""
+        parts = [self.header[key] for key in ("settings", "data", "checkpoints")]
+        text = json.dumps([*parts, self.layers, self.header.get("calibration_sha256")], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def finish(self, summary: list[dict[str, Any]]) -> None:
         """Add the summary to the JSON."""

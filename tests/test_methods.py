@@ -16,12 +16,13 @@ from test_pruning import rows_of, sweep, without_seconds
 
 import pruning
 import run
-from sparsity import checkpoint
+from sparsity import chain, checkpoint
 from sparsity.allocation import ALLOCATIONS
 from sparsity.criteria import CRITERIA
 from sparsity.panel import RECONSTRUCTED_LEVELS, missing_curves, product_panel, sensitivity_panel, standard_panel
 from sparsity.recovery import RECOVERIES
 from sparsity.report import SweepFiles, read_sweep
+from sparsity.runtime import UserError
 
 STEM = "colours_resnet18_pruning"
 
@@ -64,7 +65,7 @@ def test_the_level_is_met_exactly_but_for_one_weight(everything):
 
 def test_swaps_are_reported(everything):
     notes = [row["notes"] for row in rows_of(files_of(everything).csv) if row["level"] == "99.9"]
-    assert any("weights swapped so that no layer is empty" in note for note in notes)
+    assert any("swapped so that no layer is empty" in note for note in notes)
 
 
 def test_recovery_leaves_the_dense_rows_and_the_masks(everything):
@@ -177,9 +178,7 @@ def test_iterative_masks_are_nested_and_a_killed_curve_ends_the_same(tiny_checkp
     flags = ["--checkpoint", tiny_checkpoint, *ITERATIVE, "--recover", recover]
     states = []
     save = pruning.chain.save_state
-    monkeypatch.setattr(
-        pruning.chain, "save_state", lambda path, key, network: (states.append(network), save(path, key, network))
-    )
+    monkeypatch.setattr(pruning.chain, "save_state", lambda *state: (states.append(state[-1]), save(*state)))
     assert sweep(tmp_path / "whole", *flags) == 0
     assert not list((tmp_path / "whole").glob("*_state.pth"))
     weights = [dict(network.named_parameters()) for network in states]
@@ -191,18 +190,16 @@ def test_iterative_masks_are_nested_and_a_killed_curve_ends_the_same(tiny_checkp
     class Killed(BaseException):
         pass
 
-    def dies(path, key, network):
-        save(path, key, network)
-        if key.endswith("|80"):
+    def dies(*state):
+        save(*state)
+        if state[1].endswith("|80"):
             raise Killed
 
     monkeypatch.setattr(pruning.chain, "save_state", dies)
     with pytest.raises(Killed):
         sweep(tmp_path / "killed", *flags)
     pruned = []
-    monkeypatch.setattr(
-        pruning.chain, "save_state", lambda path, key, network: (pruned.append(key), save(path, key, network))
-    )
+    monkeypatch.setattr(pruning.chain, "save_state", lambda *state: pruned.append(state))
     assert sweep(tmp_path / "killed", *flags) == 0
     assert len(pruned) == 1  # the levels before were not pruned again
     assert without_seconds(files_of(tmp_path / "killed").csv) == without_seconds(files_of(tmp_path / "whole").csv)
@@ -218,6 +215,22 @@ def test_an_iterative_curve_without_its_state_starts_from_its_first_level(tiny_c
     assert without_seconds(files.csv)[-1]["level"] == "95"
     mine = files.csv.read_text().splitlines(keepends=True)[-1]
     assert mine.split(",")[4:14] == rows[-1].split(",")[4:14]
+
+
+def test_the_state_of_another_sweep_is_left_alone(small_net, tmp_path):
+    path, keys = tmp_path / "state.pth", ["a", "b", "c"]
+    assert chain.load_state(path, keys, "mine", small_net) == 0
+    chain.save_state(path, "b", "mine", small_net)
+    kept = {name: value.clone() for name, value in small_net.state_dict().items()}
+    with torch.no_grad():
+        small_net.stem.weight.zero_()
+    assert chain.load_state(path, keys, "other", small_net) == 0
+    assert chain.load_state(path, ["a", "c"], "mine", small_net) == 0
+    assert not small_net.stem.weight.any()
+    assert chain.load_state(path, keys, "mine", small_net) == 2
+    assert all(torch.equal(value, kept[name]) for name, value in small_net.state_dict().items())
+    with pytest.raises(UserError, match="remove it"):
+        chain.load_state(path, keys, "mine", torch.nn.Linear(1, 1))
 
 
 def test_iterative_levels_are_a_setting(tiny_checkpoint, tmp_path, capsys):
