@@ -19,10 +19,8 @@ from tqdm import tqdm
 
 import Build_Resnet
 from sparsity import chain, checkpoint, forecast, heatmaps, inputs, plots, report, runtime, summary
-from sparsity.allocation import ALLOCATIONS
 from sparsity.bench import Bench, measure, measure_dense
 from sparsity.checkpoint import Checkpoint
-from sparsity.criteria import CRITERIA
 from sparsity.data import DATASETS, Source, Split
 from sparsity.evaluation import default_batch_size, inference_copy
 from sparsity.flags import (
@@ -31,7 +29,6 @@ from sparsity.flags import (
     levels_type,
     number,
     parse_with_explicit,
-    rate_type,
     set_up_machine,
     stem_type,
 )
@@ -41,10 +38,10 @@ from sparsity.panel import (
     SENSITIVITY_IMAGES,
     SENSITIVITY_LEVELS,
     Panel,
+    add_method_flags,
+    choose_panel,
     missing_curves,
     product_panel,
-    sensitivity_panel,
-    standard_panel,
 )
 from sparsity.pruner import Pruner, baked
 from sparsity.recovery import RECOVERIES, Means
@@ -84,37 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_method_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that say what is pruned and what is done afterwards; lists, of which every combination is a curve."""
-    for flag, choices, default, text in (
-        ("--criterion", CRITERIA, "l1", "what a weight is worth; gradient reads labels"),
-        ("--allocation", ALLOCATIONS, "uniform", "how a level is dealt to the layers"),
-        ("--recover", RECOVERIES, "none", "what is done after pruning; only finetune reads labels"),
-    ):
-        parser.add_argument(
-            flag, choices=tuple(choices), nargs="+", default=[default], help=f"{text}; one or more ({default})"
-        )
-    parser.add_argument("--compare", action="store_true", help="the standard panel of nine curves instead of these")
-    parser.add_argument("--sensitivity", action="store_true", help="prune one layer at a time and map the damage")
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="weights that stay dense, as globs")
-    parser.add_argument(
-        "--schedule",
-        choices=("oneshot", "iterative"),
-        default="oneshot",
-        help="a level starts from the dense network, or from the level before it (%(default)s)",
-    )
-    parser.add_argument(
-        "--calibration_images", type=integer(2), help="of the training split (2048, or all where there are fewer)"
-    )
-    parser.add_argument("--finetune_epochs", type=integer(1, 10_000), default=1, help="a level (%(default)s)")
-    parser.add_argument(
-        "--finetune_learning_rate",
-        type=rate_type,
-        default=0.001,
-        help="a number, or rewind: that of the last epochs of training (%(default)s)",
-    )
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, with those refused that have no meaning together."""
     parser = build_parser()
@@ -131,19 +97,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tuned = {"finetune_epochs", "finetune_learning_rate"} & explicit
     if tuned and (args.compare or "finetune" not in args.recover):
         parser.error(f"--{min(tuned)} has no effect without --recover finetune")
+    if "calibration_images" in explicit and not args.compare:
+        curves = product_panel(args.criterion, args.allocation, args.recover, [])
+        if not inputs.needs_calibration(curves):
+            parser.error("--calibration_images has no effect without a criterion or --recover that looks at images")
+    if args.sensitivity and "tolerance" in explicit:
+        parser.error("--tolerance has no effect with --sensitivity, which chooses no level")
     if args.sensitivity:
         args.levels = args.levels if "levels" in explicit else SENSITIVITY_LEVELS
         args.max_test_images = args.max_test_images or SENSITIVITY_IMAGES
     return args
-
-
-def choose_panel(args: argparse.Namespace, layers: list[str]) -> Panel:
-    """The curves that the flags ask for, with their levels."""
-    if args.compare:
-        return standard_panel(args.levels)
-    if args.sensitivity:
-        return sensitivity_panel(layers, args.criterion[0], args.recover[0], args.levels)
-    return product_panel(args.criterion, args.allocation, args.recover, args.levels)
 
 
 def sweep_levels(args: argparse.Namespace) -> None:
@@ -152,7 +115,8 @@ def sweep_levels(args: argparse.Namespace) -> None:
     args.batch_size = args.batch_size or default_batch_size(device)
     runtime.prepare_folder(args.images_dir, "--images_dir", 64 << 20)
     paths = args.checkpoint or [checkpoint.newest(Path("checkpoints"))]
-    checkpoints = describe_checkpoints(paths)
+    rates = {"rate": args.finetune_learning_rate, "epochs": args.finetune_epochs}
+    checkpoints = describe_checkpoints(paths, rates if inputs.needs_training(choose_panel(args, [])) else None)
     saved, dense = load_network(paths[0])
     source = inputs.find_source(saved, args.dataset, args.data_dir)
     test, classes = inputs.load_test_images(source, saved, args.max_test_images)
@@ -161,7 +125,6 @@ def sweep_levels(args: argparse.Namespace) -> None:
     positions = positions_per_image(dense, example)
     prunable = exclude(prunable_layers(dense, example), args.exclude)
     panel = choose_panel(args, list(prunable))
-    rates = inputs.finetuning_rates(saved, args.finetune_learning_rate, args.finetune_epochs)
     dtype = runtime.dtype_of(args.precision)
     inference = inference_copy(dense.to(device), dtype)
     kind = "sensitivity" if args.sensitivity else "pruning"
@@ -176,7 +139,6 @@ def sweep_levels(args: argparse.Namespace) -> None:
         seed=args.seed,
         dtype=dtype,
         device=device,
-        rates=rates,
     )
     evidence = load(set(panel)) if args.restart else None  # before the rows go that would be missed if it failed
     sweep = report.open_sweep(files, header, test.labels.numpy(), sizes, args.restart)
@@ -186,8 +148,12 @@ def sweep_levels(args: argparse.Namespace) -> None:
     checkpoints, iterative = sweep.header["checkpoints"], args.schedule == "iterative"
     missing = {name: missing_curves(sweep, name, panel, whole=iterative) for name in checkpoints}
     wanted = {curve for curves in missing.values() for curve in curves}
-    means = Means(dense, tuple(prunable), *(evidence or load(wanted)))
-    sweep.record_calibration(means.calibration.images.hash() if means.calibration else None)
+    calibration, train = evidence or load(wanted)
+    tune = functools.partial(inputs.finetuning, train=train, dtype=dtype, **rates) if train else lambda saved: None
+    sweep.record_images(
+        calibration_sha256=calibration and calibration.images.hash(), training_sha256=train and train.hash()
+    )
+    means = Means(dense, tuple(prunable), calibration, tune(saved))
     networks = forecast.announce(sweep, missing, means, inference, test.to(device), args.batch_size)
     del saved, dense
 
@@ -202,7 +168,8 @@ def sweep_levels(args: argparse.Namespace) -> None:
             dense.to(device)
             if name not in sweep.dense:
                 measure_dense(bench, name, dense)
-            sweep_curves(bench, name, curves, dataclasses.replace(means, dense=dense), args.seed)
+            means = Means(dense, tuple(prunable), calibration, tune(saved))
+            sweep_curves(bench, name, curves, means, args.seed)
 
     conclude(sweep, args.tolerance, args.sensitivity)
 
@@ -257,7 +224,7 @@ def load_network(path: Path) -> tuple[Checkpoint, nn.Module]:
     return dataclasses.replace(saved, model=saved.model or Build_Resnet.spec_of(saved.net)), model
 
 
-def describe_checkpoints(paths: list[Path]) -> dict[str, dict[str, Any]]:
+def describe_checkpoints(paths: list[Path], rates: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Name -> hash and epoch of every checkpoint, after making sure that all can be read and belong together."""
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
@@ -271,6 +238,9 @@ def describe_checkpoints(paths: list[Path]) -> dict[str, dict[str, Any]]:
             raise UserError(f"--checkpoint {path} is the same as {(twins or [name])[0]}; name each one once")
         described[name] = {"sha256": saved.sha256, "epoch": saved.epoch}
         data = saved.data or {}
+        if rates:  # whether it can be fine-tuned is found out before long work
+            inputs.training_recipe(saved)
+            inputs.finetuning_rates(saved, **rates)
         kinds.append((saved.model, *(data.get(key) for key in ("dataset", "image_size", "mean", "std", "classes"))))
         if kinds[-1] != kinds[0]:
             raise UserError(f"{path} and {paths[0]} differ in network or data; sweep them apart, with --name for each")
@@ -290,6 +260,7 @@ def describe_run(
     arch, device = saved.model["arch"], torch.device(args.device)
     # An iterative curve depends on all levels before, so that levels cannot be added to one that is there.
     levels = ",".join(map(level_text, args.levels))
+    calibrated, tuned = inputs.needs_calibration(panel) or None, inputs.needs_training(panel) or None
     return {
         "title": f"{arch} on {source.name}, {shorten(list(checkpoints))}\n{len(test):,} test images, {args.precision}",
         "curves": [list(curve) for curve in panel],
@@ -301,9 +272,9 @@ def describe_run(
             "device": device.type,
             "threads": args.threads,
             "seed": args.seed,
-            "calibration_images": args.calibration_images or inputs.DEFAULT_CALIBRATION,
+            "calibration_images": calibrated and (args.calibration_images or inputs.DEFAULT_CALIBRATION),
             "schedule": f"iterative {levels}" if args.schedule == "iterative" else "oneshot",
-            "finetune": f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
+            "finetune": tuned and f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
             "torch": str(torch.__version__),
         },
         "data": inputs.describe_data(source, test, classes),
@@ -333,6 +304,7 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
         for entry in entries:
             print(entry["sentence"])
     state_file(sweep.files).unlink(missing_ok=True)
+    sweep.drop_old()
     print(f"wrote {sweep.files.png} and what it is drawn from beside it: .csv, .json, .npz")
 
 

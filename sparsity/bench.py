@@ -50,6 +50,9 @@ def measure(
     """Count and evaluate a pruned network, and write its row down; its time runs from `started` (perf_counter)."""
     sweep, prunable = bench.sweep, {layer: model.get_submodule(layer) for layer in layers}
     counts, zeros = census(model, prunable, bench.positions), zeros_by_layer(prunable)
+    empty = sum(zeros[layer] == sweep.layers[layer] for layer in layers)
+    if empty and level < 100:
+        notes = [*notes, f"{empty} layer{'s' * (empty > 1)} without weights"]
     refresh(bench.inference, model)
     result = evaluate(bench.inference, bench.test, bench.batch_size, bench.bar.update)
     predictions = result.predictions.numpy()

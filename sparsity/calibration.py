@@ -19,8 +19,8 @@ POSITION_LIMIT = 32_768  # positions that stand for all of a layer's; seeded, th
 class Calibration:
     """Images of the training split, augmented once as in training and then the same for every level.
 
-    `images` holds them as uint8 with their labels (which only the criterion `gradient` reads), on the device; `dtype`
-    is what networks compute in.
+    `images` holds them as uint8 on the device, with their labels: these serve to draw the same number of each class,
+    and besides only the criterion `gradient` reads them. `dtype` is what networks compute in.
     """
 
     images: Split

@@ -26,7 +26,8 @@ GRADIENT_BATCH = 32  # images whose activations are held at once; the scores do 
 class Evidence:
     """What a criterion may look at.
 
-    `model` is the dense network, without masks, in float32 and the default memory format; `layers` are its prunable
+    `model` is the network to be pruned (in an iterative sweep that of the level before), without masks, in float32 and
+    the default memory format; `layers` are its prunable
     layers; `calibration` is on the same device. A criterion that has something to report appends a line to `notes`.
     """
 
@@ -100,7 +101,7 @@ def gradient(evidence: Evidence) -> Scores:
 
 
 def obs(evidence: Evidence) -> Scores:
-    """Error of a layer's outputs when one weight goes and the others make up for it: w^2 / [H^-1]_jj.
+    """Error of a layer's outputs, a position, when one weight goes and the others make up for it: w^2 / [H^-1]_jj.
 
     H is the second moment of the layer's inputs (Optimal Brain Surgeon by layer, arXiv 2208.11580), damped. A weight
     whose input is always zero scores zero.

@@ -139,4 +139,6 @@ def set_up_machine(args: argparse.Namespace) -> torch.device:
     args.precision = resolve_precision(args.precision, device)
     args.threads = apply_threads(args.threads)
     seed_everything(args.seed)
+    if args.precision == "fp32":  # by default CUDA rounds the inputs of convolutions to TF32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device

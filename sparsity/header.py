@@ -7,6 +7,7 @@ from typing import Any
 from sparsity.runtime import UserError
 
 WAYS_OUT = "measure again with --restart, or choose another --name"
+WHERE_USED = ("calibration_images", "finetune")  # settings that are None in a sweep without use for them
 Curve = tuple[str, str, str]  # criterion, allocation, recover
 
 
@@ -60,13 +61,16 @@ def recorded_names(there: dict[str, dict], now: dict[str, dict]) -> dict[str, di
 def require_same(table: Path, there: dict[str, Any], now: dict[str, Any], layers: tuple[dict, dict]) -> None:
     """Same settings, data and layers (there, now), and every checkpoint there is among those of now.
 
-    More checkpoints may be added, none replaced. Raises UserError that names `table` and everything that differs.
+    More checkpoints may be added, none replaced. Settings of WHERE_USED that only one side has are taken over into
+    `now`. Raises UserError that names `table` and everything that differs.
     """
     differing = []
     for part in ("settings", "data"):
         for key in sorted(there[part].keys() | now[part].keys()):
             old, new = there[part].get(key), now[part].get(key)
-            if old != new:
+            if part == "settings" and key in WHERE_USED and None in (old, new):
+                now[part][key] = old if new is None else new  # rows without and rows with it do not clash
+            elif old != new:
                 differing.append(f"{key} ({_short(old)} there, {_short(new)} now)")
     if layers[0] != layers[1]:
         # With other layers, or other numbers of weights in them, sparsity is a share of something else.

@@ -52,19 +52,20 @@ def plot_classes(files: SweepFiles) -> None:
 def plot_layers(files: SweepFiles) -> None:
     """Share of zeros in each layer, layer x level, a panel for each criterion and allocation: *_layers.png.
 
-    Rows that differ in their recovery alone are of the same masks and share a panel.
+    Rows that differ in their recovery alone are of the same masks and share a panel, except in an iterative sweep.
     """
     sweep = read_sweep(files)
     weights = np.array(list(sweep.layers.values()))
-    groups: dict[tuple[str, str], dict[float, list[np.ndarray]]] = {}
+    iterative = sweep.header["settings"].get("schedule", "oneshot") != "oneshot"
+    groups: dict[str, dict[float, list[np.ndarray]]] = {}
     for curve, levels in sweep.curves().items():
-        group = groups.setdefault(curve[:2], {})
+        group = groups.setdefault(curve_name(curve) if iterative else " ".join(curve[:2]), {})
         for level, rows in levels.items():
             group.setdefault(level, []).extend(100 * sweep.zeros[row.key] / weights for row in rows)
     panels = []
     for group, levels in groups.items():
         columns = [_mean(levels[level]) for level in sorted(levels)]
-        panels.append(Panel(" ".join(group), list(sweep.layers), sorted(levels), _matrix(columns, len(weights))))
+        panels.append(Panel(group, list(sweep.layers), sorted(levels), _matrix(columns, len(weights))))
     figure = _draw(panels, Scale("zeros in the layer (%)", "viridis", 0, 100))
     set_title(figure, sweep.header["title"], "share of zeros in each layer" + _left_out(panels))
     save_figure(figure, files.with_suffix("_layers.png"))

@@ -1,5 +1,7 @@
 """The images that a checkpoint is tested on, and the training images that calibration and fine-tuning read."""
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,16 @@ def describe_data(source: Source, test: Split, classes: list[str]) -> dict[str, 
     }
 
 
+def needs_calibration(curves: Iterable[Curve]) -> bool:
+    """Whether a criterion or recovery among `curves` looks at calibration images."""
+    return any(criterion in NEEDS_CALIBRATION or recover in NEED_CALIBRATION for criterion, _, recover in curves)
+
+
+def needs_training(curves: Iterable[Curve]) -> bool:
+    """Whether a recovery among `curves` trains."""
+    return any(recover in NEED_TRAINING for _, _, recover in curves)
+
+
 def finetuning_rates(saved: Checkpoint, rate: float | str, epochs: int) -> tuple[float, ...]:
     """The learning rate of each epoch of fine-tuning: `rate`, or for 'rewind' those of the last epochs of training."""
     if rate != "rewind":
@@ -78,7 +90,27 @@ def finetuning_rates(saved: Checkpoint, rate: float | str, epochs: int) -> tuple
         raise UserError(
             f"{saved.path} does not tell the learning rates of its training; give --finetune_learning_rate a number"
         )
-    return rewound_rates(first, t_max, saved.epoch, epochs)
+    rates = rewound_rates(first, t_max, saved.epoch, epochs)
+    if not any(rates):
+        raise UserError(f"{saved.path}: the last learning rates of its training are 0; use more --finetune_epochs")
+    return rates
+
+
+def training_recipe(saved: Checkpoint) -> dict[str, Any]:
+    """Batch size, momentum and weight decay of a checkpoint's training, the study's where it does not tell them."""
+    recipe = dict(REFERENCE_TRAINING)
+    for key, usual in REFERENCE_TRAINING.items():
+        value = saved.settings.get(key, usual)
+        sound = isinstance(value, type(usual)) and math.isfinite(value) and value >= (1 if key == "batch_size" else 0)
+        if not sound:
+            raise UserError(f"{saved.path} was trained with {key} {value!r}, which cannot be; the file is damaged")
+        recipe[key] = value
+    return recipe
+
+
+def finetuning(saved: Checkpoint, train: Split, rate: float | str, epochs: int, dtype: torch.dtype) -> Finetuning:
+    """Fine-tuning of one checkpoint on `train`, as it was trained as far as it tells."""
+    return Finetuning(train, finetuning_rates(saved, rate, epochs), **training_recipe(saved), dtype=dtype)
 
 
 def load_evidence(
@@ -89,27 +121,22 @@ def load_evidence(
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
-    rates: tuple[float, ...],
-) -> tuple[Calibration | None, Finetuning | None]:
-    """What criteria and recoveries of `curves` read of the training split, which is loaded only if one does."""
-    calibrated = any(criterion in NEEDS_CALIBRATION or recover in NEED_CALIBRATION for criterion, _, recover in curves)
-    tuned = any(recover in NEED_TRAINING for _, _, recover in curves)
-    if not calibrated and not tuned:
+) -> tuple[Calibration | None, Split | None]:
+    """The calibration images, and the training images for fine-tuning; loaded only if one of `curves` needs them."""
+    if not needs_calibration(curves) and not needs_training(curves):
         return None, None
     train, _ = _load(source, saved, train=True)
-    calibration = tuning = None
-    if calibrated:
+    calibration = None
+    if needs_calibration(curves):
         if asked and asked > len(train):
             raise UserError(f"--calibration_images {asked} is more than the {len(train)} images of the training split")
         if any(criterion in READS_LABELS for criterion, _, _ in curves):
             print("the criterion gradient reads the labels of the calibration images")
         calibration = draw_calibration(train, min(asked or DEFAULT_CALIBRATION, len(train)), seed, device, dtype)
-    if tuned:
-        print(f"fine-tuning reads the labels of {len(train):,} training images")
-        known = {key: saved.settings.get(key) for key in REFERENCE_TRAINING}
-        given = {key: value for key, value in known.items() if isinstance(value, int | float)}
-        tuning = Finetuning(train.to(device), rates, **REFERENCE_TRAINING | given, dtype=dtype)
-    return calibration, tuning
+    if not needs_training(curves):
+        return calibration, None
+    print(f"fine-tuning reads the labels of {len(train):,} training images")
+    return calibration, train.to(device)
 
 
 def _load(source: Source, saved: Checkpoint, train: bool) -> tuple[Split, list[str]]:

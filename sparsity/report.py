@@ -24,6 +24,8 @@ from sparsity.rows import (
 )
 from sparsity.runtime import UserError, one_line, write_atomic, write_json
 
+IMAGES = ("calibration_sha256", "training_sha256")  # hashes in the JSON, of what a sweep reads of the training split
+
 
 @dataclass(frozen=True)
 class SweepFiles:
@@ -75,15 +77,19 @@ class Sweep:
         self._write_predictions()
         write_json(self.files.json, self.header)
 
-    def record_calibration(self, fingerprint: str | None) -> None:
-        """Keep the hash of the calibration images, or None for a run that reads none.
+    def record_images(self, **hashes: str | None) -> None:
+        """Keep the hashes of `calibration_sha256` and `training_sha256`, each None for a run that reads none of them.
 
-        Raises UserError when rows were measured with others.
+        The JSON is on disk when this returns. Raises UserError, before anything is written, when rows were measured
+        with others.
         """
-        there = self.header.get("calibration_sha256")
-        if fingerprint and there and fingerprint != there:
-            raise UserError(f"{self.files.csv} holds rows of other calibration images; {WAYS_OUT}")
-        self.header["calibration_sha256"] = fingerprint or there
+        for key, now in hashes.items():
+            there = self.header.get(key)
+            if now and there and now != there:
+                kind = key.removesuffix("_sha256")
+                raise UserError(f"{self.files.csv} holds rows of other {kind} images; {WAYS_OUT}")
+        for key, now in hashes.items():
+            self.header[key] = now or self.header.get(key)
         write_json(self.files.json, self.header)
 
     def add(self, row: Row, predictions: np.ndarray, zeros: dict[str, int]) -> None:
@@ -100,8 +106,14 @@ class Sweep:
     def fingerprint(self) -> str:
         """A hash of everything that decides what a network of this sweep is."""
         parts = [self.header[key] for key in ("settings", "data", "checkpoints")]
-        text = json.dumps([*parts, self.layers, self.header.get("calibration_sha256")], sort_keys=True)
+        images = [self.header.get(key) for key in IMAGES]
+        text = json.dumps([*parts, self.layers, images], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def drop_old(self) -> None:
+        """Remove what `open_sweep` set aside at a restart; the new rows are complete."""
+        for path in (self.files.csv, self.files.npz, self.files.json):
+            _set_aside(path).unlink(missing_ok=True)
 
     def finish(self, summary: list[dict[str, Any]]) -> None:
         """Add the summary to the JSON."""
@@ -174,7 +186,10 @@ class Sweep:
 def open_sweep(
     files: SweepFiles, header: dict[str, Any], labels: np.ndarray, layers: dict[str, int], restart: bool
 ) -> Sweep:
-    """Begin a sweep, or go on with the rows that are there; the JSON is on disk when this returns.
+    """Begin a sweep, or go on with the rows that are there.
+
+    The JSON of a new one is on disk when this returns; that of an old one stays until `record_images`. At a restart
+    the old files are set aside as `.old` until `drop_old`.
 
     `labels` [N], `layers` name -> weights. A checkpoint that has moved keeps the name in `header['checkpoints']` that
     its rows were recorded with, and curves that are there stay in `header['curves']`. Raises UserError when the files
@@ -194,13 +209,16 @@ def open_sweep(
             if curves := joined_curves(found.header, header):
                 header["curves"] = curves
             header["dense"] = {name: found.header["dense"][name] for name in found.dense}
-            header["calibration_sha256"] = found.header.get("calibration_sha256")
+            for key in (*IMAGES, "summary"):
+                if key in found.header:
+                    header[key] = found.header[key]
             sweep._sort()
-            write_json(files.json, header)
             return sweep
     # Rows go before the new settings come, so that a kill in between cannot pair them.
-    for path in (files.csv, files.npz):
+    for path in (files.csv, files.npz, files.json):
         try:
+            if restart and path.exists():
+                path.replace(_set_aside(path))
             path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
@@ -208,6 +226,10 @@ def open_sweep(
             ) from error
     write_json(files.json, header)
     return sweep
+
+
+def _set_aside(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
 
 
 def read_sweep(files: SweepFiles) -> Sweep:

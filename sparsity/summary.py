@@ -178,10 +178,12 @@ def write_markdown(sweep: Sweep) -> None:
 
 
 def _columns(levels: list[float]) -> list[float]:
-    """The round ones among ascending levels, or where there are fewer than two, up to ten evenly spread."""
+    """All of up to ten ascending levels; of more the round ones, or where these are few, ten evenly spread."""
+    if len(levels) <= 10:
+        return levels
     found = [level for level in levels if level in ROUND_LEVELS]
-    if len(found) > 1 or len(levels) <= 1:
-        return found or levels
+    if len(found) > 1:
+        return found
     return [levels[index] for index in np.unique(np.linspace(0, len(levels) - 1, 10).round().astype(int))]
 
 

@@ -42,6 +42,8 @@ def place(tmp_path, monkeypatch, tiny_checkpoint, image_folder):
     write_image_folder(tmp_path / "renamed")
     for split in ("train", "test"):
         (tmp_path / "renamed" / split / "red").rename(tmp_path / "renamed" / split / "orange")
+    torch.save(content | {"settings": content["settings"] | {"batch_size": 0}}, "badrecipe.pth")
+    torch.save(content | {"epoch": 2, "settings": content["settings"] | {"T_max": 1}}, "zerorate.pth")
     write_image_folder(tmp_path / "torn")
     (tmp_path / "torn" / "train" / "red" / "001.png").write_bytes(b"no image")
     (tmp_path / "states").mkdir()
@@ -141,6 +143,10 @@ METHODS = {
     "--finetune_learning_rate nan --recover finetune": (2, "'nan' is neither a number above 0 nor rewind"),
     "--finetune_epochs 3": (2, "no effect without --recover finetune"),
     "--finetune_learning_rate 0.1 --compare": (2, "no effect without --recover finetune"),
+    "--calibration_images 64": (2, "no effect without a criterion or --recover that looks at images"),
+    "--sensitivity --tolerance 2": (2, "--tolerance has no effect with --sensitivity"),
+    "--checkpoint good.pth badrecipe.pth --recover finetune": (1, "was trained with batch_size 0"),
+    "--checkpoint zerorate.pth --recover finetune --finetune_learning_rate rewind": (1, "of its training are 0"),
     "--compare --criterion l1": (2, "--compare is a panel of its own"),
     "--compare --recover batchnorm": (2, "--compare is a panel of its own"),
     "--compare --schedule iterative": (2, "--compare is a panel of its own"),

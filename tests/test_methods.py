@@ -16,9 +16,10 @@ from test_pruning import rows_of, sweep, without_seconds
 
 import pruning
 import run
-from sparsity import chain, checkpoint
+from sparsity import chain, checkpoint, heatmaps
 from sparsity.allocation import ALLOCATIONS
 from sparsity.criteria import CRITERIA
+from sparsity.inputs import finetuning_rates
 from sparsity.panel import RECONSTRUCTED_LEVELS, missing_curves, product_panel, sensitivity_panel, standard_panel
 from sparsity.recovery import RECOVERIES
 from sparsity.report import SweepFiles, read_sweep
@@ -244,7 +245,8 @@ def test_iterative_levels_are_a_setting(tiny_checkpoint, tmp_path, capsys):
 def test_rewinding_uses_the_rates_of_the_training(image_folder, tmp_path):
     assert run.main(train_arguments(image_folder, tmp_path, "--epochs", "2", "--T_max", "2")) == 0
     path = tmp_path / "checkpoints" / "colours_resnet18_ckpt_epoch2.pth"
-    assert checkpoint.load(path).settings["learning_rate"] == 0.01
+    assert finetuning_rates(checkpoint.load(path), "rewind", 2) == pytest.approx((0.01, 0.005))
+    assert finetuning_rates(checkpoint.load(path), 0.3, 2) == (0.3, 0.3)
     flags = ["--checkpoint", path, "--levels", "50", "--recover", "finetune", "--finetune_epochs", "2"]
     assert sweep(tmp_path / "a", *flags, "--finetune_learning_rate", "rewind") == 0
     assert sweep(tmp_path / "b", *flags, "--finetune_learning_rate", "0.01") == 0
@@ -260,6 +262,32 @@ def test_several_checkpoints_are_recovered_each_with_its_own_dense_network(image
     assert sweep(tmp_path / "alone", "--checkpoint", other, *flags) == 0
     both, alone = (without_seconds(files_of(tmp_path / name).csv) for name in ("both", "alone"))
     assert both[1] == alone[0]
+
+
+def test_every_checkpoint_is_finetuned_as_it_was_trained(image_folder, tiny_checkpoint, tmp_path):
+    other = ["--epochs", "2", "--learning_rate", "0.05", "--momentum", "0.5", "--batch_size", "9", "--seed", "1"]
+    assert run.main(train_arguments(image_folder, tmp_path, *other)) == 0
+    paths = [tiny_checkpoint, tmp_path / "checkpoints" / "colours_resnet18_ckpt_epoch2.pth"]
+    flags = ["--levels", "60", "--recover", "finetune", "--finetune_learning_rate", "rewind"]
+    assert sweep(tmp_path / "there", "--checkpoint", *paths, *flags) == 0
+    assert sweep(tmp_path / "back", "--checkpoint", *paths[::-1], *flags) == 0
+    there, back = (without_seconds(files_of(tmp_path / name).csv) for name in ("there", "back"))
+    assert there == back[::-1]
+
+
+def test_the_layers_of_an_iterative_sweep_are_shown_for_each_curve(tiny_checkpoint, tmp_path, monkeypatch):
+    panels = []
+    draw = heatmaps._draw
+    monkeypatch.setattr(
+        heatmaps, "_draw", lambda found, *rest, **more: (panels.append(found), draw(found, *rest, **more))[1]
+    )
+    flags = ["--levels", "50,90", "--allocation", "global", "--recover", "none", "batchnorm"]
+    for schedule, count in (("oneshot", 1), ("iterative", 2)):
+        out = tmp_path / schedule
+        assert sweep(out, "--checkpoint", tiny_checkpoint, *flags, "--schedule", schedule) == 0
+        panels.clear()
+        heatmaps.plot_layers(files_of(out))
+        assert len(panels[0]) == count
 
 
 def test_panels():

@@ -336,6 +336,7 @@ def test_going_on_with_other_curves_loses_none(files):
         head = header() | ({"curves": curves} if curves else {})
         again = open_sweep(files, head, LABELS, LAYERS, restart=False)
         assert again.header["curves"] == [list(RANDOM), list(CURVE), list(GLOBAL)]
+        again.record_images()
     add(again, row(0.0, curve=GLOBAL))
     assert order(files) == [RANDOM, CURVE, GLOBAL]
 
@@ -348,3 +349,49 @@ def test_only_levels_that_all_checkpoints_of_a_curve_have_are_compared(files):
     levels = {curve: {level: len(rows) for level, rows in found.items()} for curve, found in sweep.curves().items()}
     assert levels == {CURVE: {40.0: 2}, GLOBAL: {5.0: 1}}
     assert sweep.checkpoints_of(CURVE) == ["one.pth", "two.pth"]
+
+
+def test_images_of_the_training_split_are_not_mixed_and_a_refused_run_leaves_the_files(files):
+    fill(files).record_images(calibration_sha256="a", training_sha256=None)
+    again = open_sweep(files, header(), LABELS, LAYERS, restart=False)
+    again.record_images(calibration_sha256=None, training_sha256="t")  # a run that needs other images than the first
+    before = contents(files)
+    for hashes in ({"calibration_sha256": "b"}, {"training_sha256": "u"}):
+        with pytest.raises(UserError, match=f"rows of other {next(iter(hashes)).split('_')[0]} images"):
+            open_sweep(files, header(), LABELS, LAYERS, restart=False).record_images(**hashes)
+    assert contents(files) == before
+
+
+def test_settings_that_only_some_rows_use_do_not_clash(files):
+    fill(files).record_images()
+    used = header(calibration_images=64)
+    open_sweep(files, used, LABELS, LAYERS, restart=False).record_images()
+    plain = open_sweep(files, header(calibration_images=None), LABELS, LAYERS, restart=False)
+    assert plain.header["settings"]["calibration_images"] == 64
+    with pytest.raises(UserError, match=r"calibration_images \(64 there, 32 now\)"):
+        open_sweep(files, header(calibration_images=32), LABELS, LAYERS, restart=False)
+
+
+def test_the_summary_stays_until_there_is_a_new_one(files):
+    fill(files).finish([{"level": 40}])
+    open_sweep(files, header(), LABELS, LAYERS, restart=False).record_images()
+    assert json.loads(files.json.read_text())["summary"] == [{"level": 40}]
+
+
+def test_a_restart_sets_the_old_rows_aside_until_the_new_ones_are_complete(files):
+    fill(files)
+    old = files.csv.read_bytes(), files.npz.read_bytes(), files.json.read_bytes()
+    sweep = begin(files, header(precision="bf16"), restart=True)
+    aside = [path.with_name(path.name + ".old") for path in (files.csv, files.npz, files.json)]
+    assert tuple(path.read_bytes() for path in aside) == old
+    sweep.drop_old()
+    assert not any(path.exists() for path in aside)
+
+
+def test_the_fingerprint_tells_settings_and_images_apart(files):
+    sweep = fill(files)
+    first = sweep.fingerprint()
+    sweep.record_images(calibration_sha256="a")
+    second = sweep.fingerprint()
+    sweep.header["settings"]["precision"] = "bf16"
+    assert len({first, second, sweep.fingerprint()}) == 3

@@ -139,7 +139,8 @@ def cells(text):
 def test_the_table_for_papers(files):
     head = header() | {"title": "net on data\nfour | classes"}
     sweep = begin(files, head)
-    add(sweep, *map(row, (0.0, 5.0, 30.0, 40.0, 90.0)), row(40.0, curve=GLOBAL))
+    levels = (0.0, 5.0, 15.0, 25.0, 30.0, 35.0, 40.0, 45.0, 55.0, 65.0, 90.0)  # more than ten: the round ones count
+    add(sweep, *map(row, levels), row(40.0, curve=GLOBAL))
     sweep.finish(summary.summarise_all(sweep, 1.0))
     summary.write_markdown(sweep)
     text = files.with_suffix(".md").read_text()

@@ -14,7 +14,7 @@ from sparsity.runtime import release_memory
 DAMPING = 0.01  # share of the mean diagonal of the second moment
 ITERATIONS = 60  # of conjugate gradients, at most
 RESIDUAL = 1e-3  # of the starting residual, at which they stop
-HELD_BYTES = 768 << 20  # of activations that are kept for each of the two networks
+HELD_BYTES = 512 << 20  # of activations that are kept for each of the two networks
 
 
 @dataclass(frozen=True)
