@@ -116,7 +116,7 @@ def sweep_levels(args: argparse.Namespace) -> None:
     runtime.prepare_folder(args.images_dir, "--images_dir", 64 << 20)
     paths = args.checkpoint or [checkpoint.newest(Path("checkpoints"))]
     rates = {"rate": args.finetune_learning_rate, "epochs": args.finetune_epochs}
-    checkpoints = describe_checkpoints(paths, rates if inputs.needs_training(choose_panel(args, [])) else None)
+    checkpoints = describe_checkpoints(paths, rates if "finetune" in args.recover else None)
     saved, dense = load_network(paths[0])
     source = inputs.find_source(saved, args.dataset, args.data_dir)
     test, classes = inputs.load_test_images(source, saved, args.max_test_images)

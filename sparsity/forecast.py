@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from sparsity.criteria import NEEDS_CALIBRATION
 from sparsity.data import Split
 from sparsity.evaluation import evaluate
 from sparsity.masks import positions_per_image
@@ -33,6 +34,8 @@ def announce(
         seconds, rate = sweep_seconds(panels, networks, means, inference, test, batch_size)
         recovered = sum(curve[2] != "none" for curves in panels for curve in curves)
         extra = f", and recovery in {recovered} curves" if recovered else ""
+        scored = sorted({curve[0] for curves in panels for curve in curves} & NEEDS_CALIBRATION)
+        extra += f"; scoring by {', '.join(scored)} comes on top" if scored else ""
         work = f"{networks} networks x {len(test):,} images at {rate:,.0f} images/s{extra}"
         print(f"about {duration(seconds)}: {work}", flush=True)
     return networks
@@ -57,7 +60,8 @@ def recovery_seconds(recovery: str, means: Means, rate: float) -> float:
         one_pass = _seconds(lambda: network(images)) * len(means.calibration) / len(images)
     if recovery == "batchnorm":
         return one_pass
-    return 3 * one_pass + reconstruction_work(means) / multiply_rate()
+    # Both networks once and, where activations are not kept, again; then batchnorm.
+    return 5 * one_pass + reconstruction_work(means) / multiply_rate(images.device)
 
 
 def sweep_seconds(
@@ -87,14 +91,19 @@ def reconstruction_work(means: Means) -> float:
     return work
 
 
-def multiply_rate(size: int = 1024) -> float:
-    """Multiply-adds a second of a float32 matrix product on the CPU."""
-    square = torch.rand(size, size)
+def multiply_rate(device: torch.device, size: int = 1024) -> float:
+    """Multiply-adds a second of a float32 matrix product."""
+    square = torch.rand(size, size, device=device)
     square @ square  # warm-up
     return size**3 / min(_seconds(lambda: square @ square) for _ in range(3))
 
 
 def _seconds(work: Callable[[], object]) -> float:
+    """Wall time of `work`, with a GPU synchronised on both sides."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     started = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
