@@ -307,7 +307,9 @@ def test_masks_are_enforced_after_every_step(small_net, small_split):
     seen = []
 
     def look(images, loss):
-        seen.append(max(float(layer.weight_orig[layer.weight_mask == 0].abs().max()) for layer in layers.values()))
+        seen.append(
+            max(float(layer.weight_orig.detach()[layer.weight_mask == 0].abs().max()) for layer in layers.values())
+        )
 
     finetune(model, layers, Finetuning(small_split, (0.05,), 16, 0.9, 0.1, torch.float32), 0, look)
     assert len(seen) == len(list(training_batches(small_split, 16, 0, 1)))
