@@ -131,15 +131,7 @@ def sweep_levels(args: argparse.Namespace) -> None:
     files = SweepFiles(args.images_dir / f"{inputs.output_name(args.name, source, saved.model)}_{kind}")
     header = describe_run(args, source, test, classes, saved, checkpoints, panel)
     sizes = {name: layer.weight.numel() for name, layer in prunable.items()}
-    load = functools.partial(
-        inputs.load_evidence,
-        source=source,
-        saved=saved,
-        asked=args.calibration_images,
-        seed=args.seed,
-        dtype=dtype,
-        device=device,
-    )
+    load = functools.partial(inputs.load_evidence, source, saved, args.calibration_images, args.seed, dtype, device)
     evidence = load(set(panel)) if args.restart else None  # before the rows go that would be missed if it failed
     sweep = report.open_sweep(files, header, test.labels.numpy(), sizes, args.restart)
     if args.restart:

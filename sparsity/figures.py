@@ -24,10 +24,11 @@ OTHER_LINE = (0, (3, 1, 1, 1, 1, 1))
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically as PNG."""
     FigureCanvasAgg(figure)
+    dpi = 150 if max(figure.get_size_inches()) < 15 else 110  # a large one is legible, and large, enough
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font lacks is drawn as boxes
-        figure.savefig(buffer, format="png", dpi=150)
+        figure.savefig(buffer, format="png", dpi=dpi)
     write_atomic(path, buffer.getbuffer())
 
 

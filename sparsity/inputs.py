@@ -114,13 +114,13 @@ def finetuning(saved: Checkpoint, train: Split, rate: float | str, epochs: int, 
 
 
 def load_evidence(
-    curves: set[Curve],
     source: Source,
     saved: Checkpoint,
     asked: int | None,
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
+    curves: set[Curve],
 ) -> tuple[Calibration | None, Split | None]:
     """The calibration images, and the training images for fine-tuning; loaded only if one of `curves` needs them."""
     if not needs_calibration(curves) and not needs_training(curves):
