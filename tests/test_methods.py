@@ -19,8 +19,9 @@ import run
 from sparsity import chain, checkpoint, heatmaps
 from sparsity.allocation import ALLOCATIONS
 from sparsity.criteria import CRITERIA
-from sparsity.inputs import finetuning_rates
+from sparsity.inputs import finetuning_rates, training_recipe
 from sparsity.panel import RECONSTRUCTED_LEVELS, missing_curves, product_panel, sensitivity_panel, standard_panel
+from sparsity.pruner import Pruner
 from sparsity.recovery import RECOVERIES
 from sparsity.report import SweepFiles, read_sweep
 from sparsity.runtime import UserError
@@ -218,6 +219,29 @@ def test_an_iterative_curve_without_its_state_starts_from_its_first_level(tiny_c
     assert mine.split(",")[4:14] == rows[-1].split(",")[4:14]
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "global", "lamp", "erk"])
+def test_zeros_of_the_level_before_go_first_whatever_the_criterion(small_net, monkeypatch, allocation):
+    """Even under a criterion that likes zeros best."""
+    monkeypatch.setitem(
+        CRITERIA,
+        "smallest",
+        lambda evidence: {name: 1 / (0.01 + layer.weight.abs()) - 1 for name, layer in evidence.layers.items()},
+    )
+    with torch.no_grad():
+        for name in ("stem", "down", "hidden"):
+            weight = small_net.get_submodule(name).weight
+            weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.2] = 0
+    pruner = Pruner(small_net, ["stem", "down", "hidden"], None, 0, nested=True)
+    model, _ = pruner.prune(("smallest", allocation, "batchnorm"), 60)
+    for name in ("stem", "down", "hidden"):
+        before, layer = small_net.get_submodule(name).weight, model.get_submodule(name)
+        assert (before == 0).any()
+        if int((layer.weight_mask == 0).sum()) >= int((before == 0).sum()):
+            assert not layer.weight_mask[before == 0].any()
+        else:
+            assert (before[layer.weight_mask == 0] == 0).all()
+
+
 def test_the_state_of_another_sweep_is_left_alone(small_net, tmp_path):
     path, keys = tmp_path / "state.pth", ["a", "b", "c"]
     assert chain.load_state(path, keys, "mine", small_net) == 0
@@ -273,6 +297,8 @@ def test_every_checkpoint_is_finetuned_as_it_was_trained(image_folder, tiny_chec
     assert sweep(tmp_path / "back", "--checkpoint", *paths[::-1], *flags) == 0
     there, back = (without_seconds(files_of(tmp_path / name).csv) for name in ("there", "back"))
     assert there == back[::-1]
+    recipe = {"batch_size": 9, "momentum": 0.5, "weight_decay": 5e-4}
+    assert training_recipe(checkpoint.load(paths[1])) == recipe
 
 
 def test_the_layers_of_an_iterative_sweep_are_shown_for_each_curve(tiny_checkpoint, tmp_path, monkeypatch):
