@@ -215,6 +215,7 @@ def test_an_iterative_curve_without_its_state_starts_from_its_first_level(tiny_c
     files.csv.write_text("".join(rows[:-1]))  # the last level is lost, and the state went with the end of the sweep
     assert sweep(tmp_path, *flags) == 0
     assert without_seconds(files.csv)[-1]["level"] == "95"
+    assert files.csv.read_text().startswith("".join(rows[:-1]))  # what was measured is not measured again
     mine = files.csv.read_text().splitlines(keepends=True)[-1]
     assert mine.split(",")[4:14] == rows[-1].split(",")[4:14]
 
