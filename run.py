@@ -29,7 +29,14 @@ from sparsity.data import (
 from sparsity.evaluation import Evaluation, default_batch_size, evaluate, inference_copy, refresh
 from sparsity.flags import add_machine_flags, integer, number, parse_with_explicit, set_up_machine
 from sparsity.runtime import UserError
-from sparsity.training import OPTIMIZERS, make_optimizer, make_schedule, require_progress, train_one_epoch
+from sparsity.training import (
+    OPTIMIZERS,
+    make_optimizer,
+    make_schedule,
+    memory_format,
+    require_progress,
+    train_one_epoch,
+)
 
 # What makes one experiment differ from another; a resumed run must not change these.
 EXPERIMENT = (
@@ -185,7 +192,7 @@ def train(args: argparse.Namespace) -> None:
     training, test, data = load_images(source)
     spec = {"arch": args.arch, "num_classes": len(data["classes"]), "width": args.width}
     model = checkpoint.restore(state, Build_Resnet.build, Build_Resnet.spec_of) if state else Build_Resnet.build(spec)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=memory_format(model))
     optimizer = make_optimizer(args.optimizer, model, args.learning_rate, args.momentum, args.weight_decay)
     schedule = make_schedule(optimizer, args.T_max)
     history = restore_progress(state, data, optimizer, schedule) if state else []

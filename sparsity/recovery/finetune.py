@@ -9,7 +9,7 @@ from torch import nn
 from sparsity.data import Split, training_batches
 from sparsity.masks import Layer
 from sparsity.runtime import UserError
-from sparsity.training import make_optimizer, make_schedule, train_one_epoch
+from sparsity.training import make_optimizer, make_schedule, memory_format, train_one_epoch
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def finetune(
     Pruned weights (of `layers`) stay exactly zero: what momentum and weight decay do to them is undone after every
     step. `seed` draws the order and augmentation. The model is in eval mode afterwards.
     """
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=memory_format(model))
     optimizer = make_optimizer("sgd", model, tuning.rates[0], tuning.momentum, tuning.weight_decay)
     masked = [layer for layer in layers.values() if hasattr(layer, "weight_mask")]
 
