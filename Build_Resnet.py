@@ -3,6 +3,9 @@
 The architecture is that of He et al., arXiv 1512.03385, with the stem that CIFAR-10 repositories use. Parameter names
 (`conv1, bn1, layer{1..4}.{i}.conv{1..3}, .bn{1..3}, .shortcut.0, .shortcut.1, linear`) are those of the reference
 study and of kuangliu-style repositories, so weights travel in both directions.
+
+The inner convolutions of a block, all but its last, may have fewer filters than the architecture says: what pruning of
+whole filters leaves. A block without any is its shortcut.
 """
 
 import re
@@ -23,40 +26,58 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+    """Two 3x3 convolutions around a shortcut: [B, in_channels, H, W] to [B, channels, H / stride, W / stride].
+
+    `inner` holds the filters of its first convolution, or 0: then there is no branch, and the block is its shortcut.
+    """
 
     expansion = 1
+    inner_names = ("conv1",)
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, inner: tuple[int, ...] | None = None):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=1, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        (first,) = (channels,) if inner is None else inner
+        self.has_branch = first > 0
+        if self.has_branch:
+            self.conv1 = nn.Conv2d(in_channels, first, kernel_size=3, stride=stride, padding=1, bias=False)
+            self.bn1 = nn.BatchNorm2d(first)
+            self.conv2 = nn.Conv2d(first, channels, kernel_size=3, stride=1, padding=1, bias=False)
+            self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = _shortcut(in_channels, self.expansion * channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.has_branch:
+            return F.relu(self.shortcut(x))
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return F.relu(out + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided), 1x1 convolutions around a shortcut; the output has 4 x `channels` channels."""
+    """1x1, 3x3 (strided), 1x1 convolutions around a shortcut; the output has 4 x `channels` channels.
+
+    `inner` holds the filters of the first two, or zeros: then there is no branch, and the block is its shortcut.
+    """
 
     expansion = 4
+    inner_names = ("conv1", "conv2")
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, inner: tuple[int, ...] | None = None):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, self.expansion * channels, kernel_size=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(self.expansion * channels)
+        first, second = (channels, channels) if inner is None else inner
+        self.has_branch = first > 0 and second > 0
+        if self.has_branch:
+            self.conv1 = nn.Conv2d(in_channels, first, kernel_size=1, bias=False)
+            self.bn1 = nn.BatchNorm2d(first)
+            self.conv2 = nn.Conv2d(first, second, kernel_size=3, stride=stride, padding=1, bias=False)
+            self.bn2 = nn.BatchNorm2d(second)
+            self.conv3 = nn.Conv2d(second, self.expansion * channels, kernel_size=1, bias=False)
+            self.bn3 = nn.BatchNorm2d(self.expansion * channels)
         self.shortcut = _shortcut(in_channels, self.expansion * channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.has_branch:
+            return F.relu(self.shortcut(x))
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -66,10 +87,18 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """`num_blocks` holds the blocks of each of the four stages, `width` the channels of the first stage.
 
+    `widths` holds the filters of inner convolutions that have fewer than the architecture says, by name.
     Input [B, 3, H, W], output logits [B, num_classes]; H and W are free, 32 is what CIFAR-10 has.
     """
 
-    def __init__(self, block: type, num_blocks: list[int], num_classes: int = 10, width: int = 64):
+    def __init__(
+        self,
+        block: type,
+        num_blocks: list[int],
+        num_classes: int = 10,
+        width: int = 64,
+        widths: dict[str, int] | None = None,
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -78,7 +107,9 @@ class ResNet(nn.Module):
             channels = width * 2**stage
             layer = []
             for index in range(blocks):
-                layer.append(block(in_channels, channels, stride if index == 0 else 1))
+                names = [f"layer{stage + 1}.{index}.{name}" for name in block.inner_names]
+                inner = tuple((widths or {}).get(name, channels) for name in names)
+                layer.append(block(in_channels, channels, stride if index == 0 else 1, inner))
                 in_channels = channels * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
         self.linear = nn.Linear(in_channels, num_classes)
@@ -103,7 +134,9 @@ ARCHITECTURES = {
 def build(spec: dict) -> ResNet:
     """The network that `spec` describes: {'arch': a key of ARCHITECTURES, 'num_classes': int, 'width': int}.
 
-    Raises ValueError when the description is not one of these.
+    A thin network has an entry more, 'widths': {name of an inner convolution: filters left}, as
+    {'layer1.0.conv1': 32}; 0 in all of a block leaves its shortcut alone. Raises ValueError when the description is
+    not one of these.
     """
     arch, num_classes, width = (spec.get(key) for key in ("arch", "num_classes", "width"))
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
@@ -112,13 +145,43 @@ def build(spec: dict) -> ResNet:
         if type(value) is not int or value < 1:
             raise ValueError(f"{key} is {value!r}, not a positive whole number")
     block, num_blocks = ARCHITECTURES[arch]
-    return ResNet(block, num_blocks, num_classes, width)
+    widths = spec.get("widths", {})
+    _require_widths(widths, inner_widths(arch, width), len(block.inner_names))
+    return ResNet(block, num_blocks, num_classes, width, widths)
+
+
+def inner_widths(arch: str, width: int) -> dict[str, int]:
+    """Name -> filters of every inner convolution of an architecture as it is, in their order."""
+    block, num_blocks = ARCHITECTURES[arch]
+    return {
+        f"layer{stage + 1}.{index}.{name}": width * 2**stage
+        for stage, blocks in enumerate(num_blocks)
+        for index in range(blocks)
+        for name in block.inner_names
+    }
+
+
+def _require_widths(widths: object, full: dict[str, int], inner: int) -> None:
+    """ValueError unless `widths` gives inner convolutions at most their `full` filters; a block has `inner` of them."""
+    if not isinstance(widths, dict):
+        raise ValueError(f"widths is a {type(widths).__name__}, not a dictionary")
+    for name, count in widths.items():
+        if name not in full:
+            raise ValueError(f"widths names {str(name)[:40]!r}, which is no inner convolution of this architecture")
+        if type(count) is not int or not 0 <= count <= full[name]:
+            raise ValueError(f"the width of {name} is {count!r}, not a whole number from 0 to {full[name]}")
+    found = [widths.get(name, count) for name, count in full.items()]
+    blocks = zip(list(full)[::inner], *(found[start::inner] for start in range(inner)), strict=True)
+    for name, *counts in blocks:
+        if 0 in counts and any(counts):
+            raise ValueError(f"the block of {name} has no filters in one convolution and some in another")
 
 
 def spec_of(state: dict[str, Tensor]) -> dict:
     """Read the description that `build` takes off the names and shapes of a state dict that carries no metadata.
 
-    Raises ValueError when the tensors are not those of a network of this file.
+    Raises ValueError when the tensors are not those of a network of this file. A block without a branch cannot be told
+    from one that was lost, and counts as lost.
     """
     stem, output = state.get("conv1.weight"), state.get("linear.weight")
     if stem is None or output is None or stem.dim() != 4 or output.dim() != 2:
@@ -132,9 +195,17 @@ def spec_of(state: dict[str, Tensor]) -> dict:
     num_blocks = [len(indices) for indices in found]
     for arch, shape in ARCHITECTURES.items():
         if shape == (block, num_blocks):
-            return {"arch": arch, "num_classes": output.shape[0], "width": stem.shape[0]}
+            spec = {"arch": arch, "num_classes": output.shape[0], "width": stem.shape[0]}
+            return spec | _thin_widths(state, inner_widths(arch, stem.shape[0]))
     known = ", ".join(ARCHITECTURES)
     raise ValueError(f"its {num_blocks} blocks of type {block.__name__} are none of the known architectures ({known})")
+
+
+def _thin_widths(state: dict[str, Tensor], full: dict[str, int]) -> dict[str, dict[str, int]]:
+    """The entry 'widths' of a state dict whose inner convolutions have fewer filters than `full`; else nothing."""
+    weights = {name: state.get(f"{name}.weight") for name in full}
+    widths = {name: weight.shape[0] for name, weight in weights.items() if weight is not None and weight.dim() == 4}
+    return {"widths": widths} if any(count < full[name] for name, count in widths.items()) else {}
 
 
 def resnet18(num_classes: int = 10, width: int = 64) -> ResNet:

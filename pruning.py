@@ -19,10 +19,13 @@ from tqdm import tqdm
 
 import Build_Resnet
 from sparsity import chain, checkpoint, forecast, heatmaps, inputs, plots, report, runtime, summary
-from sparsity.bench import Bench, measure, measure_dense
+from sparsity.bench import Bench, Extra, Pruned, measure, measure_dense, outdate
 from sparsity.checkpoint import Checkpoint
-from sparsity.data import DATASETS, Source, Split
+from sparsity.controls import ControlBench, measure_controls, require_comparable, table_of
+from sparsity.data import DATASETS, Split
+from sparsity.engine import ENGINES
 from sparsity.evaluation import default_batch_size, inference_copy
+from sparsity.export import Builder, Export, ExportFiles, add_export_flags, refuse_export_clashes
 from sparsity.flags import (
     add_machine_flags,
     integer,
@@ -42,12 +45,19 @@ from sparsity.panel import (
     choose_panel,
     missing_curves,
     product_panel,
+    refuse_clashes,
 )
 from sparsity.pruner import Pruner, baked
 from sparsity.recovery import RECOVERIES, Means
 from sparsity.report import Sweep, SweepFiles
 from sparsity.rows import level_text, row_key
 from sparsity.runtime import UserError
+from sparsity.savings import savings_lines
+from sparsity.settings import describe_run
+from sparsity.stopwatch import Stopwatch
+from sparsity.thinning import inner_convs
+
+BUILDER = Builder(Build_Resnet.build, Build_Resnet.spec_of)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,15 +75,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="percent: start:stop:step or a list such as 0,40,99.5 (%(default)s)",
     )
     add_method_flags(parser)
+    add_export_flags(parser)
     parser.add_argument("--dataset", choices=DATASETS, help="images to test on (from the checkpoint)")
     parser.add_argument("--data_dir", type=Path, help="where they are (from the checkpoint)")
     parser.add_argument("--max_test_images", type=integer(1), help="the first N of a fixed, class-balanced order (all)")
     parser.add_argument("--batch_size", type=integer(1), help="images at a time (32 on a CPU, 500 on a GPU)")
     parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="dense kernels, sparse ones, or these where their zeros are many enough to pay (%(default)s)",
+    )
+    parser.add_argument(
         "--tolerance",
         type=number(0, 100),
         default=1.0,
         help="points of accuracy that may be lost at the chosen level (%(default)s)",
+    )
+    parser.add_argument(
+        "--controls", type=Path, nargs="+", default=[], help="checkpoints of smaller dense networks to compare with"
     )
     parser.add_argument("--name", type=stem_type, help="stem of the outputs ({dataset}_{arch})")
     parser.add_argument("--restart", action="store_true", help="measure again what is in the CSV already")
@@ -85,27 +105,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, with those refused that have no meaning together."""
     parser = build_parser()
     args, explicit = parse_with_explicit(parser, argv)
-    methods = explicit & {"criterion", "allocation", "recover"}
-    if args.compare and (methods or args.sensitivity or "schedule" in explicit):
-        parser.error(
-            "--compare is a panel of its own; leave out --criterion --allocation --recover --schedule --sensitivity"
-        )
-    if args.sensitivity and ("allocation" in explicit or args.schedule == "iterative"):
-        parser.error("--sensitivity prunes one layer at a time; leave out --allocation and --schedule")
-    if args.sensitivity and (len(args.criterion) > 1 or len(args.recover) > 1):
-        parser.error("--sensitivity takes one --criterion and one --recover")
-    tuned = {"finetune_epochs", "finetune_learning_rate"} & explicit
-    if tuned and (args.compare or "finetune" not in args.recover):
-        parser.error(f"--{min(tuned)} has no effect without --recover finetune")
+    refuse_clashes(parser, args, explicit)
+    refuse_export_clashes(parser, args, explicit)
     if "calibration_images" in explicit and not args.compare:
         curves = product_panel(args.criterion, args.allocation, args.recover, [])
         if not inputs.needs_calibration(curves):
             parser.error("--calibration_images has no effect without a criterion or --recover that looks at images")
-    if args.sensitivity and "tolerance" in explicit:
-        parser.error("--tolerance has no effect with --sensitivity, which chooses no level")
     if args.sensitivity:
         args.levels = args.levels if "levels" in explicit else SENSITIVITY_LEVELS
         args.max_test_images = args.max_test_images or SENSITIVITY_IMAGES
+    if args.export is not None:  # nobody who wants one file waits for 21 levels
+        args.levels = sorted({*args.export, *(args.levels if "levels" in explicit or args.compare else [])})
     return args
 
 
@@ -114,21 +124,23 @@ def sweep_levels(args: argparse.Namespace) -> None:
     device = set_up_machine(args)
     args.batch_size = args.batch_size or default_batch_size(device)
     runtime.prepare_folder(args.images_dir, "--images_dir", 64 << 20)
-    paths = args.checkpoint or [checkpoint.newest(Path("checkpoints"))]
+    paths = args.checkpoint or [checkpoint.newest(args.checkpoint_dir)]
     rates = {"rate": args.finetune_learning_rate, "epochs": args.finetune_epochs}
     checkpoints = describe_checkpoints(paths, rates if "finetune" in args.recover else None)
     saved, dense = load_network(paths[0])
     source = inputs.find_source(saved, args.dataset, args.data_dir)
     test, classes = inputs.load_test_images(source, saved, args.max_test_images)
+    require_comparable(args.controls, load_network, saved)
 
     example = torch.zeros(1, 3, source.image_size, source.image_size)
     positions = positions_per_image(dense, example)
     prunable = exclude(prunable_layers(dense, example), args.exclude)
-    panel = choose_panel(args, list(prunable))
+    panel = choose_panel(args, list(prunable), [name for name in inner_convs(dense) if name in prunable])
     dtype = runtime.dtype_of(args.precision)
     inference = inference_copy(dense.to(device), dtype)
     kind = "sensitivity" if args.sensitivity else "pruning"
-    files = SweepFiles(args.images_dir / f"{inputs.output_name(args.name, source, saved.model)}_{kind}")
+    name = inputs.output_name(args.name, source, saved.model)
+    files = SweepFiles(args.images_dir / f"{name}_{kind}")
     header = describe_run(args, source, test, classes, saved, checkpoints, panel)
     sizes = {name: layer.weight.numel() for name, layer in prunable.items()}
     load = functools.partial(inputs.load_evidence, source, saved, args.calibration_images, args.seed, dtype, device)
@@ -136,7 +148,11 @@ def sweep_levels(args: argparse.Namespace) -> None:
     sweep = report.open_sweep(files, header, test.labels.numpy(), sizes, args.restart)
     if args.restart:
         state_file(files).unlink(missing_ok=True)
+        table_of(files).unlink(missing_ok=True)
     args.restart = False  # from here on, rows are kept
+    test = test.to(device)
+    extras = make_extras(args, name, sweep, test, dense, panel, inference)
+    outdate(sweep, extras)
     checkpoints, iterative = sweep.header["checkpoints"], args.schedule == "iterative"
     missing = {name: missing_curves(sweep, name, panel, whole=iterative) for name in checkpoints}
     wanted = {curve for curves in missing.values() for curve in curves}
@@ -146,27 +162,53 @@ def sweep_levels(args: argparse.Namespace) -> None:
         calibration_sha256=calibration and calibration.images.hash(), training_sha256=train and train.hash()
     )
     means = Means(dense, tuple(prunable), calibration, tune(saved))
-    networks = forecast.announce(sweep, missing, means, inference, test.to(device), args.batch_size)
+    networks = forecast.announce(sweep, missing, means, inference, test, args.batch_size)
     del saved, dense
 
     with tqdm(total=networks * len(test), unit="img", disable=None, leave=False) as bar:
-        bench = Bench(sweep, inference, test.to(device), positions, args.batch_size, bar)
+        bench = Bench(sweep, inference, test, positions, args.batch_size, bar, args.engine, extras)
         for (name, curves), path in zip(missing.items(), paths, strict=True):
-            if not curves and name in sweep.dense:
-                continue
-            saved, dense = load_network(path)
-            if saved.sha256 != checkpoints[name]["sha256"]:
-                raise UserError(f"{path} was replaced while it was being swept; start again")
-            dense.to(device)
-            if name not in sweep.dense:
-                measure_dense(bench, name, dense)
-            means = Means(dense, tuple(prunable), calibration, tune(saved))
-            sweep_curves(bench, name, curves, means, args.seed)
-
+            if curves or name not in sweep.dense:
+                saved, dense = load_network(path)
+                if saved.sha256 != checkpoints[name]["sha256"]:
+                    raise UserError(f"{path} was replaced while it was being swept; start again")
+                means = Means(dense.to(device), tuple(prunable), calibration, tune(saved))
+                sweep_checkpoint(bench, name, saved, curves, means, args.seed)
+    if args.controls:
+        compare_controls(args, bench, paths[0])
     conclude(sweep, args.tolerance, args.sensitivity)
 
 
-def sweep_curves(bench: Bench, name: str, curves: Panel, means: Means, seed: int) -> None:
+def sweep_checkpoint(bench: Bench, name: str, saved: Checkpoint, curves: Panel, means: Means, seed: int) -> None:
+    """One checkpoint: its dense network, then its curves."""
+    if name not in bench.sweep.dense:
+        measure_dense(bench, name, means.dense)
+    for extra in bench.extras:
+        extra.begin(name, means.dense)
+    sweep_curves(bench, name, saved, curves, means, seed)
+
+
+def compare_controls(args: argparse.Namespace, bench: Bench, path: Path) -> None:
+    """Measure the smaller dense networks as the pruned ones of the first checkpoint, `path`, were measured."""
+    dense = load_network(path)[1].to(args.device)
+    for extra in bench.extras:
+        extra.begin(next(iter(bench.sweep.header["checkpoints"])), dense)
+    files, watch = ([extra for extra in bench.extras if isinstance(extra, kind)] for kind in (Export, Stopwatch))
+    measure_controls(
+        ControlBench(
+            table_of(bench.sweep.files),
+            bench.test,
+            bench.batch_size,
+            runtime.dtype_of(args.precision),
+            files[0].files if files else None,
+            watch[0] if watch else None,
+        ),
+        args.controls,
+        load_network,
+    )
+
+
+def sweep_curves(bench: Bench, name: str, saved: Checkpoint, curves: Panel, means: Means, seed: int) -> None:
     """The experiment, for one checkpoint: prune, recover, evaluate, write down, for every curve and level."""
     sweep, iterative = bench.sweep, bench.sweep.header["settings"]["schedule"] != "oneshot"
     pruner = Pruner(means.dense, list(means.layers), means.calibration, seed)
@@ -183,7 +225,7 @@ def sweep_curves(bench: Bench, name: str, curves: Panel, means: Means, seed: int
                 plain = baked(model, means.dense)
                 pruner = Pruner(plain, list(means.layers), means.calibration, seed, nested=True)
             if not sweep.has(name, curve, level):
-                measure(bench, name, curve, level, model, means.layers, notes, started)
+                measure(bench, Pruned(name, curve, level, model, means.layers, saved, notes, started))
                 del model  # a masked network is three times as large as what is evaluated
                 runtime.release_memory()
             if iterative:
@@ -198,10 +240,37 @@ def continue_chain(
     network = baked(means.dense, means.dense)
     keys = [row_key(name, curve, level) for level in levels]
     passed = chain.load_state(state_file(sweep.files), keys, sweep.fingerprint(), network)
-    if any(key not in sweep.rows for key in keys[:passed]):  # a row was lost that the state is beyond
+    # A row that the state is beyond was lost, or something more is wanted of it.
+    if not all(sweep.has(name, curve, level) for level in levels[:passed]):
         passed, network = 0, means.dense
     nested = passed > 0
     return Pruner(network, list(means.layers), means.calibration, seed, nested), levels[passed:]
+
+
+def make_extras(
+    args: argparse.Namespace,
+    name: str,
+    sweep: Sweep,
+    test: Split,
+    dense: nn.Module,
+    panel: Panel,
+    inference: nn.Module,
+) -> tuple[Extra, ...]:
+    """What `--export` and `--measure` ask for, once it is clear that the files can be written."""
+    dtype, extras = runtime.dtype_of(args.precision), []
+    if args.export is not None:
+        about = {"schedule": sweep.header["settings"]["schedule"], "seed": args.seed, "excluded": args.exclude}
+        wanted = [(curve, level) for curve, levels in panel.items() for level in levels if level in args.export]
+        weights = sum(parameter.numel() for parameter in dense.parameters())
+        runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir", 4 * weights * len(wanted))
+        files = ExportFiles(args.checkpoint_dir, name, args.export_precision, args.export_format)
+        files.require_writable(wanted, sweep)
+        extras.append(Export(frozenset(args.export), files, BUILDER, sweep, test, args.batch_size, dtype, about))
+    if args.measure:
+        size = test.images.shape[-1]
+        device = torch.device(args.device)
+        extras.append(Stopwatch(sweep, BUILDER, inference, size, dtype, device, args.threads, args.engine))
+    return tuple(extras)
 
 
 def state_file(files: SweepFiles) -> Path:
@@ -239,49 +308,6 @@ def describe_checkpoints(paths: list[Path], rates: dict[str, Any] | None) -> dic
     return described
 
 
-def describe_run(
-    args: argparse.Namespace,
-    source: Source,
-    test: Split,
-    classes: list[str],
-    saved: Checkpoint,
-    checkpoints: dict[str, dict[str, Any]],
-    panel: Panel,
-) -> dict[str, Any]:
-    """What the JSON holds; rows are only mixed where `settings` and `data` are the same."""
-    arch, device = saved.model["arch"], torch.device(args.device)
-    # An iterative curve depends on all levels before, so that levels cannot be added to one that is there.
-    levels = ",".join(map(level_text, args.levels))
-    calibrated, tuned = inputs.needs_calibration(panel) or None, inputs.needs_training(panel) or None
-    return {
-        "title": f"{arch} on {source.name}, {shorten(list(checkpoints))}\n{len(test):,} test images, {args.precision}",
-        "curves": [list(curve) for curve in panel],
-        "settings": {
-            "arch": arch,
-            "test_images": len(test),
-            "batch_size": args.batch_size,
-            "precision": args.precision,
-            "device": device.type,
-            "threads": args.threads,
-            "seed": args.seed,
-            "calibration_images": calibrated and (args.calibration_images or inputs.DEFAULT_CALIBRATION),
-            "schedule": f"iterative {levels}" if args.schedule == "iterative" else "oneshot",
-            "finetune": tuned and f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
-            "torch": str(torch.__version__),
-        },
-        "data": inputs.describe_data(source, test, classes),
-        "checkpoints": checkpoints,
-        "versions": runtime.versions(),
-        "machine": runtime.machine(device),
-        "command": args.command,
-    }
-
-
-def shorten(names: list[str]) -> str:
-    """Names in a title: all of one or two, otherwise the first and a count."""
-    return ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
-
-
 def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
     """Summary, plots, tables and the sentences that answer the question."""
     if sensitivity:
@@ -293,8 +319,8 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
         summary.write_markdown(sweep)
         plots.plot_all(sweep.files)
         print(summary.summary_table(sweep))
-        for entry in entries:
-            print(entry["sentence"])
+        for line in [*(entry["sentence"] for entry in entries), *savings_lines(sweep)]:
+            print(line)
     state_file(sweep.files).unlink(missing_ok=True)
     sweep.drop_old()
     print(f"wrote {sweep.files.png} and what it is drawn from beside it: .csv, .json, .npz")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsity import storage
 from sparsity.runtime import UserError, file_hash, one_line, write_atomic
 
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
@@ -42,6 +43,15 @@ def save(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, buffer.getbuffer())
 
 
+def save_packed(path: Path, content: dict[str, Any], precision: str = "fp32") -> None:
+    """Write `content`, a state dict under 'net' and metadata that JSON can say, atomically as a packed `.npz`.
+
+    `precision` is 'fp32' or 'bf16'. Raises what `storage.pack` does, and UserError when the file cannot be written.
+    """
+    metadata = {key: value for key, value in content.items() if key != "net"}
+    write_atomic(path, storage.pack(content["net"], metadata, precision))
+
+
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a model as files hold it: on the CPU, contiguous, detached."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -51,7 +61,8 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint without running any code from it.
 
     Accepted: {'net': state dict, ...} as the reference and this project write, {'state_dict': ...}, a plain state
-    dict, and the prefixes `module.` and `_orig_mod.`. Raises UserError that names the file and the reason.
+    dict, the prefixes `module.` and `_orig_mod.`, and packed files, known by their ending `.npz`. Raises UserError
+    that names the file and the reason.
     """
     content = _read(path)
     net = content.get("net", content.get("state_dict", content))
@@ -116,6 +127,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is a folder, not a checkpoint; name the .pth file in it")
     if not path.exists():
         raise UserError(f"checkpoint {path} is not there; train one with `python run.py`, or name another")
+    if path.suffix == ".npz":
+        net, metadata = storage.unpack(path)
+        return metadata | {"net": net}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a foreign file makes torch.load wonder aloud before it fails

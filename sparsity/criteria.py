@@ -1,7 +1,7 @@
 """What a weight is worth: CRITERIA, name -> function that scores every prunable weight, higher stays.
 
 To add one: a function of `Evidence` and an entry in the dict; and in NEEDS_CALIBRATION, READS_LABELS or SQUARED where
-that is so.
+that is so. FILTER_CRITERIA score whole filters instead.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from sparsity.calibration import Calibration, input_moments
 from sparsity.evaluation import inference_copy
 from sparsity.masks import Layer, positions_per_image
 from sparsity.runtime import UserError, generator
+from sparsity.training import memory_format
 
 DAMPING = 0.01  # added to the diagonal of a second moment, as a share of its mean
 DAMPING_STEPS = 6  # each ten times the one before
@@ -84,13 +85,13 @@ def gradient(evidence: Evidence) -> Scores:
     The mean is over all calibration images, in eval mode, so that batches do not matter; sums are in float32.
     """
     calibration, weights = evidence.calibration, [layer.weight for layer in evidence.layers.values()]
-    sums = [torch.zeros_like(weight) for weight in weights]
+    sums, layout = [torch.zeros_like(weight) for weight in weights], memory_format(evidence.model)
     with _differentiable(evidence.model, weights):
         for images, labels in calibration.batches(torch.float32):
             for part, truth in zip(images.split(GRADIENT_BATCH), labels.split(GRADIENT_BATCH), strict=True):
                 reduced = calibration.dtype != torch.float32
                 with torch.autocast(images.device.type, calibration.dtype, enabled=reduced):
-                    logits = evidence.model(part)
+                    logits = evidence.model(part.contiguous(memory_format=layout))
                 loss = F.cross_entropy(logits.float(), truth, reduction="sum")
                 for total, slope in zip(sums, torch.autograd.grad(loss, weights), strict=True):
                     total += slope
@@ -125,6 +126,17 @@ CRITERIA: dict[str, Criterion] = {
     "gradient": gradient,
     "obs": obs,
 }
+
+
+def filter_l1(convs: dict[str, nn.Conv2d]) -> Scores:
+    """L1 norm of each filter (Li et al., arXiv 1608.08710): name -> [filters]."""
+    return {name: conv.weight.abs().flatten(1).sum(dim=1) for name, conv in convs.items()}
+
+
+# Name -> function of the convolutions whose filters may go.
+FILTER_CRITERIA: dict[str, Callable[[dict[str, nn.Conv2d]], Scores]] = {"filter_l1": filter_l1}
+FILTER_ALLOCATIONS = ("uniform", "global")  # the others are made for single weights
+
 NEEDS_CALIBRATION = {"activation", "gradient", "obs"}
 READS_LABELS = {"gradient"}
 SQUARED = {"obs"}  # scores that are squares by nature, so that LAMP takes them as they are

@@ -24,8 +24,8 @@ def announce(
     sweep: Sweep, missing: dict[str, Panel], means: Means, inference: nn.Module, test: Split, batch_size: int
 ) -> int:
     """Say what is kept and, from a first few batches, how long the rest will take; returns the networks to evaluate."""
-    if sweep.rows:
-        print(f"{len(sweep.rows)} rows in {sweep.files.csv} were measured with these settings and are kept")
+    if sweep.kept:
+        print(f"{sweep.kept} rows in {sweep.files.csv} were measured with these settings and are kept")
     networks = sum(name not in sweep.dense for name in missing)
     for name, curves in missing.items():
         networks += sum(not sweep.has(name, curve, level) for curve, levels in curves.items() for level in levels)

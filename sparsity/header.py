@@ -7,7 +7,7 @@ from typing import Any
 from sparsity.runtime import UserError
 
 WAYS_OUT = "measure again with --restart, or choose another --name"
-WHERE_USED = ("calibration_images", "finetune")  # settings that are None in a sweep without use for them
+WHERE_USED = ("calibration_images", "finetune", "engine")  # settings that are None in a sweep without use for them
 Curve = tuple[str, str, str]  # criterion, allocation, recover
 
 

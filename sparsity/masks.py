@@ -120,6 +120,23 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
+def unmasked_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network, masked or not, with effective weights in place of masks; tensors of its own.
+
+    They stay on their device, and have the names that the network had before it was masked.
+    """
+    state = {}
+    for name, value in model.state_dict().items():
+        if name.endswith(".weight_mask"):
+            continue
+        if name.endswith(".weight_orig"):
+            name = name.removesuffix("_orig")
+            value = effective_weight(model.get_submodule(name.removesuffix(".weight")))
+        state[name] = value.detach().clone()
+    return state
+
+
+@torch.no_grad()
 def zeros_by_layer(layers: dict[str, Layer]) -> dict[str, int]:
     """Name -> zeros in the effective weight of each layer, masked or not."""
     return {

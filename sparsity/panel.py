@@ -4,12 +4,13 @@ import argparse
 import itertools
 
 from sparsity.allocation import ALLOCATIONS
-from sparsity.criteria import CRITERIA
+from sparsity.criteria import CRITERIA, FILTER_ALLOCATIONS, FILTER_CRITERIA
 from sparsity.flags import integer, rate_type
 from sparsity.header import Curve
 from sparsity.recovery import RECOVERIES
 from sparsity.report import Sweep
 from sparsity.rows import ONE_LAYER
+from sparsity.runtime import UserError
 
 Panel = dict[Curve, list[float]]  # levels in percent, ascending
 
@@ -21,7 +22,12 @@ RECONSTRUCTED_LEVELS = [60.0, 80.0, 90.0, 95.0]
 def add_method_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say what is pruned and what is done afterwards; lists, of which every combination is a curve."""
     for flag, choices, default, text in (
-        ("--criterion", CRITERIA, "l1", "what a weight is worth; gradient reads labels"),
+        (
+            "--criterion",
+            (*CRITERIA, *FILTER_CRITERIA),
+            "l1",
+            "what a weight is worth, or with filter_l1 a whole filter; gradient reads labels",
+        ),
         ("--allocation", ALLOCATIONS, "uniform", "how a level is dealt to the layers"),
         ("--recover", RECOVERIES, "none", "what is done after pruning; only finetune reads labels"),
     ):
@@ -53,12 +59,43 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def choose_panel(args: argparse.Namespace, layers: list[str]) -> Panel:
-    """The curves that the flags ask for, with their levels."""
+def refuse_clashes(parser: argparse.ArgumentParser, args: argparse.Namespace, explicit: set[str]) -> None:
+    """End the program, as argparse does, on flags that have no meaning together; `explicit` are those given."""
+    methods = explicit & {"criterion", "allocation", "recover"}
+    if args.compare and (methods or args.sensitivity or "schedule" in explicit):
+        parser.error(
+            "--compare is a panel of its own; leave out --criterion --allocation --recover --schedule --sensitivity"
+        )
+    if args.sensitivity and ("allocation" in explicit or args.schedule == "iterative"):
+        parser.error("--sensitivity prunes one layer at a time; leave out --allocation and --schedule")
+    if args.sensitivity and (len(args.criterion) > 1 or len(args.recover) > 1):
+        parser.error("--sensitivity takes one --criterion and one --recover")
+    if args.sensitivity and "tolerance" in explicit:
+        parser.error("--tolerance has no effect with --sensitivity, which chooses no level")
+    tuned = {"finetune_epochs", "finetune_learning_rate"} & explicit
+    if tuned and (args.compare or "finetune" not in args.recover):
+        parser.error(f"--{min(tuned)} has no effect without --recover finetune")
+    filters = sorted(set(args.criterion) & FILTER_CRITERIA.keys())
+    weights = [name for name in args.allocation if name not in FILTER_ALLOCATIONS]
+    if filters and weights:
+        parser.error(
+            f"--criterion {filters[0]} removes whole filters, which --allocation {weights[0]} is not made for; "
+            f"use {' or '.join(FILTER_ALLOCATIONS)}"
+        )
+
+
+def choose_panel(args: argparse.Namespace, layers: list[str], inner: list[str]) -> Panel:
+    """The curves that the flags ask for, with their levels; `inner` are the layers whose filters may be removed.
+
+    Raises UserError when filters are to be removed of a network that has no such layer.
+    """
+    filters = bool(set(args.criterion) & FILTER_CRITERIA.keys()) and not args.compare
+    if filters and not inner:
+        raise UserError("the network has no filters that can be removed; use another --criterion, or exclude less")
     if args.compare:
         return standard_panel(args.levels)
     if args.sensitivity:
-        return sensitivity_panel(layers, args.criterion[0], args.recover[0], args.levels)
+        return sensitivity_panel(inner if filters else layers, args.criterion[0], args.recover[0], args.levels)
     return product_panel(args.criterion, args.allocation, args.recover, args.levels)
 
 

@@ -14,6 +14,7 @@ from sparsity.header import Curve
 from sparsity.heatmaps import plot_classes, plot_layers
 from sparsity.report import Sweep, SweepFiles, read_sweep
 from sparsity.rows import Row, curve_name, level_text, points
+from sparsity.savings import plot_savings
 from sparsity.statistics import mean_and_deviation
 
 Levels = dict[float, list[Row]]
@@ -26,7 +27,8 @@ def plot_all(files: SweepFiles) -> list[Path]:
     plot_tradeoff(files)
     plot_classes(files)
     plot_layers(files)
-    return [files.png, *(files.with_suffix(f"_{name}.png") for name in ("tradeoff", "classes", "layers"))]
+    names = ["tradeoff", "classes", "layers"] + ["savings"] * plot_savings(files)
+    return [files.png, *(files.with_suffix(f"_{name}.png") for name in names)]
 
 
 def plot_sweep(files: SweepFiles) -> None:

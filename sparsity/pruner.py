@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from sparsity.allocation import Allocator, prepare, rank
 from sparsity.calibration import Calibration
-from sparsity.criteria import SQUARED, Evidence, score
+from sparsity.criteria import FILTER_CRITERIA, SQUARED, Evidence, score
 from sparsity.header import Curve
-from sparsity.masks import Layer, apply_masks, effective_weight, prune_l1_uniform
+from sparsity.masks import Layer, apply_masks, prune_l1_uniform, unmasked_state
 from sparsity.rows import ONE_LAYER
+from sparsity.thinning import inner_convs, mask_filters
 
 
 class Pruner:
@@ -31,6 +32,8 @@ class Pruner:
     def prune(self, curve: Curve, level: float) -> tuple[nn.Module, list[str]]:
         """A masked copy of the network at `level` percent, with weights of its own, and what has to be reported."""
         criterion, allocation, recovery = curve
+        if criterion in FILTER_CRITERIA:
+            return self._prune_filters(criterion, allocation, level)
         # Without recovery nobody changes the weights, and the copy shares them.
         shared = {id(weight): weight for weight in self.network.parameters()} if recovery == "none" else {}
         model = copy.deepcopy(self.network, shared)
@@ -48,6 +51,21 @@ class Pruner:
             weights = "1 weight" if swapped == 1 else f"{swapped} weights"
             notes.append(f"{weights} swapped so that no layer is empty")
         return model, notes
+
+    def _prune_filters(self, criterion: str, allocation: str, level: float) -> tuple[nn.Module, list[str]]:
+        """A copy of the network without `level` percent of the filters of its inner convolutions."""
+        model = copy.deepcopy(self.network)
+        names = [name for name in inner_convs(model) if name in self.layers]
+        if allocation.startswith(ONE_LAYER):
+            names, allocation = [allocation.removeprefix(ONE_LAYER)], "uniform"
+        convs = {name: model.get_submodule(name) for name in names}
+        # A level of a few thousand filters is ranked in no time; filters that are gone already have the lowest score.
+        with torch.no_grad():
+            ranking = rank(FILTER_CRITERIA[criterion](convs))
+        keep, swapped = prepare(allocation, ranking).masks(level / 100)
+        more = mask_filters(model, keep)
+        notes = [f"{swapped} filters swapped so that no layer is empty"] * (swapped > 0)
+        return model, notes + [f"{more} filters more in blocks of which nothing is left"] * (more > 0)
 
     def _allocator(self, criterion: str, allocation: str, names: list[str]) -> Allocator:
         key = (criterion, allocation, *names)
@@ -75,11 +93,5 @@ class Pruner:
 def baked(model: nn.Module, dense: nn.Module) -> nn.Module:
     """A plain network with the effective weights of the masked `model`; `dense`, of its structure, stays as it is."""
     plain = copy.deepcopy(dense)
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, target in plain.state_dict().items():
-            if name in state:
-                target.copy_(state[name])
-            else:  # a masked weight, held as weight_orig and weight_mask
-                target.copy_(effective_weight(model.get_submodule(name.rpartition(".")[0])))
+    plain.load_state_dict(unmasked_state(model))
     return plain.eval()

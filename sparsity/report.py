@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from sparsity.header import WAYS_OUT, Curve, checked_header, curve_rank, joined_curves, recorded_names, require_same
 from sparsity.rows import (
     COLUMNS,
+    MEASURED,
     Row,
     accuracy_columns,
     comparison_columns,
@@ -69,12 +71,18 @@ class Sweep:
         self.predictions: dict[str, np.ndarray] = {}
         self.zeros: dict[str, np.ndarray] = {}
         self.dense: dict[str, np.ndarray] = {}
+        self._outdated: set[str] = set()
 
     def add_dense(self, checkpoint: str, predictions: np.ndarray, figures: dict[str, Any]) -> None:
         """Keep what the untouched checkpoint predicted, and its figures."""
         self.dense[checkpoint] = self._compact(predictions)
         self.header["dense"][checkpoint] = figures
         self._write_predictions()
+        write_json(self.files.json, self.header)
+
+    def record(self, key: str, value: Any) -> None:
+        """Keep something more in the JSON."""
+        self.header[key] = value
         write_json(self.files.json, self.header)
 
     def record_images(self, **hashes: str | None) -> None:
@@ -97,6 +105,7 @@ class Sweep:
         if zeros.keys() != self.layers.keys():
             raise ValueError("the zeros of a row are counted in other layers than those of the sweep")
         self.rows[row.key] = row
+        self._outdated.discard(row.key)
         self.zeros[row.key] = np.array([zeros[name] for name in self.layers], dtype=np.int64)
         self.predictions[row.key] = self._compact(predictions)
         self._sort()
@@ -125,8 +134,18 @@ class Sweep:
         return list(self.rows.values())
 
     def has(self, checkpoint: str, curve: Curve, level: float) -> bool:
-        """Whether the row of this network is there."""
-        return row_key(checkpoint, curve, level) in self.rows
+        """Whether the row of this network is there, with all that is wanted of it."""
+        key = row_key(checkpoint, curve, level)
+        return key in self.rows and key not in self._outdated
+
+    @property
+    def kept(self) -> int:
+        """How many rows are there that are not measured again."""
+        return len(self.rows) - len(self._outdated)
+
+    def outdate(self, keys: Iterable[str]) -> None:
+        """Have these rows measured again, because something more is wanted of them; until then they stay."""
+        self._outdated |= self.rows.keys() & set(keys)
 
     def curves(self) -> dict[Curve, dict[float, list[Row]]]:
         """Curve -> level -> rows (one for each checkpoint), in the order of the curves, levels ascending.
@@ -209,7 +228,7 @@ def open_sweep(
             if curves := joined_curves(found.header, header):
                 header["curves"] = curves
             header["dense"] = {name: found.header["dense"][name] for name in found.dense}
-            for key in (*IMAGES, "summary"):
+            for key in (*IMAGES, "summary", "measurement", "exports", "controls"):
                 if key in found.header:
                     header[key] = found.header[key]
             sweep._sort()
@@ -254,7 +273,7 @@ def read_sweep(files: SweepFiles) -> Sweep:
         damaged = files.csv
         with files.csv.open(newline="") as file:
             reader = csv.DictReader(file)
-            if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+            if missing := set(COLUMNS) - set(MEASURED) - set(reader.fieldnames or ()):
                 raise ValueError(f"no column {min(missing)}")
             rows = [parse_row(line) for line in reader]
         sweep.rows = {row.key: row for row in rows}

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,9 @@ class Row:
     """One evaluated network: a line of the CSV. Shares are in percent, `level` as asked, `sparsity` as measured.
 
     `lost`, `gained` and `mcnemar_p` compare it with the dense network on all test images; `notes` is one line of text.
+    The columns of MEASURED are None where nobody asked for them: the size of the exported file in bytes, milliseconds
+    of one image, images a second in batches, memory in MB (10^6 bytes), and `speedup`, the throughput over that of the
+    dense network in the same run.
     """
 
     checkpoint: str
@@ -41,6 +45,11 @@ class Row:
     gained: int
     mcnemar_p: float
     notes: str
+    file_bytes: int | None = None
+    latency_ms: float | None = None
+    throughput: float | None = None
+    peak_memory_mb: float | None = None
+    speedup: float | None = None
 
     def __post_init__(self):
         if self.notes.splitlines() not in ([], [self.notes]):
@@ -57,8 +66,12 @@ class Row:
         return row_key(self.checkpoint, self.curve, self.level)
 
 
+SPARSE_NOTE = "sparse arithmetic"  # begins the note of rows whose network was run by sparse kernels
 ONE_LAYER = "only "  # begins the allocation of rows in which one layer alone is pruned
 COLUMNS = tuple(field.name for field in fields(Row))
+# Columns that stay empty unless asked for, with their types; tables from before there were any lack them.
+TIMED = dict.fromkeys(("latency_ms", "throughput", "peak_memory_mb", "speedup"), float)
+MEASURED: dict[str, type] = {"file_bytes": int, **TIMED}
 
 
 def row_key(checkpoint: str, curve: Curve, level: float) -> str:
@@ -106,7 +119,11 @@ def parse_row(line: dict[str, str]) -> Row:
     # A line that ends early has None in its last columns, one that is too long has a column None.
     if None in line or None in line.values():
         raise ValueError("a line has another number of columns than the first")
-    return Row(**{field.name: field.type(line[field.name]) for field in fields(Row)})
+    kinds = {field.name: field.type for field in fields(Row)} | MEASURED
+    values = {name: kind(line[name]) for name, kind in kinds.items() if name not in MEASURED or line.get(name)}
+    if any(not math.isfinite(values[name]) or values[name] < 0 for name in MEASURED if name in values):
+        raise ValueError("a size, time or memory is not a number from 0")
+    return Row(**values)
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:

@@ -11,14 +11,19 @@ ROOT = Path(__file__).parents[1]
 # Each module imports only from the layers below its own.
 LAYERS = [
     {"run", "pruning"},
+    {"settings"},
     {"inputs", "forecast", "plots"},
-    {"panel", "pruner", "bench", "chain", "summary", "heatmaps"},
+    {"savings"},
+    {"controls"},
+    {"stopwatch"},
+    {"panel", "pruner", "export", "chain", "summary", "heatmaps"},
+    {"bench", "measure"},
     {"recovery"},
-    {"criteria", "reconstruction", "batchnorm", "finetune"},
+    {"criteria", "reconstruction", "batchnorm", "finetune", "thinning", "engine"},
     {"training", "evaluation", "checkpoint", "calibration", "allocation"},
-    {"report", "data", "masks", "flags"},
-    {"rows", "figures"},
-    {"statistics", "synthetic", "header"},
+    {"report", "data", "masks", "flags", "storage", "planes"},
+    {"rows", "figures", "layout"},
+    {"statistics", "synthetic", "header", "archive"},
     {"runtime"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

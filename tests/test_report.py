@@ -64,7 +64,8 @@ def contents(files):
 def test_columns_are_those_that_people_rely_on():
     assert ",".join(COLUMNS) == (
         "checkpoint,criterion,allocation,recover,level,sparsity,nonzero,parameters,compression,macs_ratio,"
-        "accuracy,ci_low,ci_high,loss,agreement,seconds,lost,gained,mcnemar_p,notes"
+        "accuracy,ci_low,ci_high,loss,agreement,seconds,lost,gained,mcnemar_p,notes,"
+        "file_bytes,latency_ms,throughput,peak_memory_mb,speedup"
     )
 
 

@@ -1,0 +1,166 @@
+"""Controls: dense networks that are simply smaller, measured as pruned ones are, on the same images."""
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsity import checkpoint
+from sparsity.checkpoint import Checkpoint
+from sparsity.data import Split
+from sparsity.evaluation import evaluate, inference_copy
+from sparsity.export import ExportFiles
+from sparsity.masks import census, positions_per_image
+from sparsity.report import SweepFiles
+from sparsity.rows import MEASURED, accuracy_columns, write_csv
+from sparsity.runtime import UserError, one_line
+from sparsity.stopwatch import Stopwatch
+
+RECIPE = ("epochs", "optimizer", "batch_size", "learning_rate", "momentum", "weight_decay", "T_max")
+
+
+@dataclass(frozen=True)
+class Control:
+    """A line of the controls' table: `macs` for one image, the other columns as in the rows of a sweep."""
+
+    checkpoint: str
+    sha256: str
+    network: str
+    recipe: str
+    parameters: int
+    macs: int
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    file_precision: str = ""
+    file_bytes: int | None = None
+    latency_ms: float | None = None
+    throughput: float | None = None
+    peak_memory_mb: float | None = None
+    speedup: float | None = None
+
+
+COLUMNS = tuple(field.name for field in fields(Control))
+
+
+def recipe_of(saved: Checkpoint) -> str:
+    """How a network was trained, in words; 'unknown' where its file does not tell."""
+    if not set(RECIPE) <= saved.settings.keys():
+        return "unknown"
+    data = saved.data or {}
+    told = [f"{name} {saved.settings[name]}" for name in RECIPE]
+    return one_line(", ".join([str(data.get("name", data.get("dataset"))), f"{data.get('image_size')} px", *told]))
+
+
+def network_name(spec: dict[str, Any]) -> str:
+    """A network in words: 'resnet18', 'resnet50 width 32', with 'thin' where filters were removed."""
+    width = "" if spec["width"] == 64 else f" width {spec['width']}"
+    return f"{spec['arch']}{width}" + (" thin" if spec.get("widths") else "")
+
+
+@dataclass(frozen=True)
+class ControlBench:
+    """What controls are measured with; `files` and `watch` are None where nobody asked for sizes or times."""
+
+    table: Path
+    test: Split
+    batch_size: int
+    dtype: torch.dtype
+    files: ExportFiles | None
+    watch: Stopwatch | None
+
+
+def table_of(files: SweepFiles) -> Path:
+    """Where the controls of a sweep stand."""
+    return files.with_suffix("_controls.csv")
+
+
+def require_comparable(
+    paths: list[Path], load: Callable[[Path], tuple[Checkpoint, nn.Module]], main: Checkpoint
+) -> None:
+    """UserError unless each control can be read and was trained for the images that `main` is tested on."""
+    for path in paths:
+        saved, _ = load(path)
+        alike = saved.model["num_classes"] == main.model["num_classes"]
+        if saved.data and main.data:
+            keys = ("image_size", "mean", "std", "classes")
+            alike = alike and [saved.data[key] for key in keys] == [main.data[key] for key in keys]
+        if not alike:
+            raise UserError(f"--controls {path} was trained on other images than {main.path}; compare like with like")
+
+
+def measure_controls(
+    bench: ControlBench, paths: list[Path], load: Callable[[Path], tuple[Checkpoint, nn.Module]]
+) -> list[Control]:
+    """Measure each checkpoint and write its line when it is finished; lines that are there and complete are kept."""
+    there = {control.sha256: control for control in read_controls(bench.table)}
+    done: list[Control] = []
+    for path in paths:
+        saved, network = load(path)
+        control = there.get(saved.sha256)
+        if control is None or _lacks(bench, control):
+            control = _measure(bench, path, saved, network)
+            print(f"control {control.network}: accuracy {control.accuracy:.2f} %", flush=True)
+        done.append(control)
+        later = [other for key, other in there.items() if key not in {each.sha256 for each in done}]
+        write_csv(bench.table, COLUMNS, map(asdict, [*done, *later]))
+    return done
+
+
+def read_controls(table: Path) -> list[Control]:
+    """The lines of a table of controls, none where there is no table. Raises UserError when it cannot be read."""
+    if not table.exists():
+        return []
+    try:
+        with table.open(newline="") as file:
+            return [_parse(line) for line in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UserError(
+            f"{table} cannot be read ({one_line(error)[:120]}); remove it, and it is measured again"
+        ) from error
+
+
+def _parse(line: dict[str, str]) -> Control:
+    kinds = {field.name: field.type for field in fields(Control)} | MEASURED
+    if None in line or None in line.values():
+        raise ValueError("a line has another number of columns than the first")
+    values = {name: kinds[name](line[name]) for name in COLUMNS if name not in MEASURED or line[name]}
+    if not all(math.isfinite(value) for value in values.values() if isinstance(value, int | float)):
+        raise ValueError("a figure is not a number")
+    return Control(**values)
+
+
+def _lacks(bench: ControlBench, control: Control) -> bool:
+    no_file = bench.files is not None and control.file_precision != bench.files.precision
+    return no_file or (bench.watch is not None and control.throughput is None)
+
+
+def _measure(bench: ControlBench, path: Path, saved: Checkpoint, network: nn.Module) -> Control:
+    """Accuracy, counts, and as far as wanted bytes and times of one network."""
+    size = bench.test.images.shape[-1]
+    counts = census(network, {}, positions_per_image(network, torch.zeros(1, 3, size, size)))
+    inference = inference_copy(network.to(bench.test.images.device), bench.dtype)
+    result = evaluate(inference, bench.test, bench.batch_size)
+    measured: dict[str, Any] = {}
+    if bench.files:
+        packed = bench.files.folder / f"{bench.files.name}_control_{path.stem}.npz"
+        content = {"net": saved.net, "epoch": saved.epoch, "model": saved.model}
+        checkpoint.save_packed(packed, content, bench.files.precision)
+        measured |= {"file_precision": bench.files.precision, "file_bytes": packed.stat().st_size}
+    if bench.watch:
+        measured |= bench.watch.columns(inference)
+    return Control(
+        path.name,
+        saved.sha256,
+        network_name(saved.model),
+        recipe_of(saved),
+        counts.parameters,
+        counts.macs,
+        **accuracy_columns(result.correct, result.total),
+        **measured,
+    )

@@ -1,0 +1,65 @@
+"""The columns that `--measure` fills: each network of a sweep is timed against its dense one."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparsity.bench import Pruned
+from sparsity.criteria import FILTER_CRITERIA
+from sparsity.evaluation import Evaluation, inference_copy
+from sparsity.export import Builder, smaller
+from sparsity.measure import Speed, describe_measurement, time_inference
+from sparsity.report import Sweep
+from sparsity.rows import TIMED, Row
+
+
+@dataclass
+class Stopwatch:
+    """Times inference in fresh processes; one of the `extras` of a bench.
+
+    `inference` is the copy that the bench evaluates in: the very network that is timed, unless whole filters are gone,
+    where it is the smaller one. `dense` is the copy that it is timed against, set by `begin`.
+    """
+
+    sweep: Sweep
+    builder: Builder
+    inference: fx.GraphModule
+    image_size: int
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+    engine: str
+    dense: fx.GraphModule | None = field(default=None, init=False)
+
+    def begin(self, checkpoint: str, dense: nn.Module) -> None:
+        """Time from now on against `dense`, whose own times go into the JSON unless they are there."""
+        self.dense = inference_copy(dense, self.dtype)
+        figures = self.sweep.header["dense"][checkpoint]
+        if "throughput" in figures:
+            return
+        speed = self._time(self.dense, None, "dense")
+        self.sweep.record("measurement", describe_measurement() | {"base_memory_mb": speed.base_memory_mb})
+        times = {column: getattr(speed, column) for column in TIMED if column != "speedup"}
+        self.sweep.record("dense", self.sweep.header["dense"] | {checkpoint: figures | times})
+
+    def lacks(self, row: Row) -> bool:
+        """Whether a row has no times."""
+        return row.throughput is None
+
+    def _time(self, network: fx.GraphModule, reference: fx.GraphModule | None, engine: str) -> Speed:
+        return time_inference(network, reference, self.image_size, self.threads, self.device, engine)
+
+    def columns(self, network: fx.GraphModule) -> dict[str, Any]:
+        """The columns of TIMED for an inference copy, in turns with the dense one."""
+        speed = asdict(self._time(network, self.dense, self.engine))
+        return {column: speed[column] for column in TIMED}
+
+    def __call__(self, pruned: Pruned, row: Row, result: Evaluation) -> tuple[dict[str, Any], list[str]]:
+        """The columns of TIMED for a pruned network."""
+        network = self.inference
+        if pruned.curve[0] in FILTER_CRITERIA:
+            small = smaller(pruned.model, pruned.saved.model, self.builder).network
+            network = inference_copy(small.to(self.device), self.dtype)
+        return self.columns(network), []

@@ -1,0 +1,94 @@
+"""Size and time of packed checkpoints of a pruned ResNet-50, and whether they come back bit for bit.
+
+    python tests/benchmarks/bench_storage.py [--checkpoint FILE] [--levels 0,40,60,80,90,95]
+
+Each level is cut uniformly by magnitude, as in a sweep. Bits are those of the whole file, BatchNorm and output layer
+included, for each prunable weight; the yardstick beside them is the entropy of the mask plus full values, of the
+prunable weights alone. Without a checkpoint the network is untrained, and its weights are random.
+"""
+
+import argparse
+import copy
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from timing import seconds
+
+import Build_Resnet
+from sparsity import checkpoint, runtime, storage
+from sparsity.flags import apply_threads
+from sparsity.masks import prunable_layers, prune_l1_uniform, zeros_by_layer
+from sparsity.pruner import baked
+
+CPU = torch.device("cpu")
+VALUE_BITS = {"fp32": 32, "bf16": 16}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="a ResNet for 32x32 images (an untrained ResNet-50)")
+    parser.add_argument("--levels", default="0,40,60,80,90,95", help="percent of the weights that go, a list")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    return parser.parse_args()
+
+
+def pruned(dense: nn.Module, level: float) -> tuple[dict[str, Tensor], int, int]:
+    """The state dict of a level with its zeros baked in, how many they are, and the number of prunable weights."""
+    masked = copy.deepcopy(dense)
+    layers = prunable_layers(masked, torch.zeros(1, 3, 32, 32))
+    prune_l1_uniform(layers, level / 100)
+    zeros = sum(zeros_by_layer(layers).values())
+    return checkpoint.plain_state(baked(masked, dense)), zeros, sum(layer.weight.numel() for layer in layers.values())
+
+
+def same_bits(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(state) == list(other) and all(
+        state[name].shape == other[name].shape
+        and torch.equal(state[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8))
+        for name in state
+    )
+
+
+def line(path: Path, state: dict[str, Tensor], zeros: int, weights: int, precision: str) -> list[str]:
+    """The figures of one file: bytes, bits, yardstick, ratio, seconds to pack and to load, whether nothing changed."""
+    content = {"net": state, "epoch": 1}
+    packing = seconds(lambda: checkpoint.save_packed(path, content, precision), CPU)
+    loaded: list[checkpoint.Checkpoint] = []
+    loading = seconds(lambda: loaded.append(checkpoint.load(path)), CPU)
+    size = path.stat().st_size
+    bits = 8 * size / weights
+    yardstick = storage.entropy_bits(zeros, weights, VALUE_BITS[precision])
+    alike = same_bits(loaded[0].net, storage.stored(state, precision))
+    figures = [f"{size:,}", f"{bits:.3f}", f"{yardstick:.3f}", f"{bits / yardstick:.3f}"]
+    return [*figures, f"{packing:.1f}", f"{loading:.1f}", "yes" if alike else "NO"]
+
+
+def main() -> None:
+    args = parse_args()
+    threads = apply_threads(args.threads)
+    torch.manual_seed(0)
+    if args.checkpoint:
+        dense = checkpoint.restore(checkpoint.load(args.checkpoint), Build_Resnet.build, Build_Resnet.spec_of)
+    else:
+        dense = Build_Resnet.resnet50().eval()
+    print(f"{runtime.machine(CPU)['device']}, {threads} threads, torch {torch.__version__}\n")
+    head = ["level", "precision", "bytes", "bits/weight", "yardstick", "ratio", "pack,s", "load,s", "same"]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    with tempfile.TemporaryDirectory() as folder:
+        for level in (float(text) for text in args.levels.split(",")):
+            state, zeros, weights = pruned(dense, level)
+            for precision in VALUE_BITS:
+                figures = line(Path(folder) / "net.npz", state, zeros, weights, precision)
+                print(f"| {level:g} % | {precision} | " + " | ".join(figures) + " |", flush=True)
+    print(f"\npeak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
