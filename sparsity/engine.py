@@ -16,7 +16,7 @@ ENGINES = ("auto", "dense", "sparse")
 CHUNK = 32  # images that are run together; more leave the caches
 # Costs in units of a multiply-add of a dense convolution, as measured by tests/benchmarks/bench_sparse_kernels.py:
 SPARSE_COST = 7.0  # of a multiply-add with a nonzero weight in CSR
-PLANE_COST = 0.1  # of what is done beside the products, for each multiply-add of the dense network
+PLANE_COST = 0.15  # of what is done beside the products, for each multiply-add of the dense network
 CONVERTED_COST = 2.0  # of a multiply-add of a dense convolution between two conversions
 WORTHWHILE = 1.2  # times as fast as dense, by this estimate
 TOLERANCE = 1e-3  # of the largest logit

@@ -102,7 +102,7 @@ def _answer(
     network = _received(stream, device)
     few, many = (_images(network, count, image_size, device) for count in (LATENCY_BATCH, THROUGHPUT_BATCH))
     contestants = [network if engine == "dense" else run_by(engine, network, few)]
-    peak = _peak_memory(lambda: contestants[0](many), device)
+    peak = _peak_memory(lambda: _run(contestants[0], many, parent), device)
     contestants += [_received(stream, device) for _ in range(networks - 1)]
     latency, throughput = (_take_turns(contestants, images, device, parent) for images in (few, many))
     return Speed(
@@ -125,15 +125,19 @@ def _take_turns(networks: list[nn.Module], images: Tensor, device: torch.device,
     times: list[list[float]] = [[] for _ in networks]
     for run in range(WARM_UP + RUNS):
         for network, spent in zip(networks, times, strict=True):
-            if os.getppid() != parent:  # it was killed, and nobody waits for the answer
-                sys.exit(1)
             _synchronise(device)
             started = time.perf_counter()
-            network(images)
+            _run(network, images, parent)
             _synchronise(device)
             if run >= WARM_UP:
                 spent.append(time.perf_counter() - started)
     return [statistics.median(spent) for spent in times]
+
+
+def _run(network: nn.Module, images: Tensor, parent: int) -> None:
+    if os.getppid() != parent:  # it was killed, and nobody waits for the answer
+        sys.exit(1)
+    network(images)
 
 
 def _peak_memory(work: Callable[[], object], device: torch.device) -> float | None:

@@ -2,13 +2,16 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_image_folder
 
+import Build_Resnet
 import pruning
 import run
+from sparsity import checkpoint
 
 
 class Evil:
@@ -43,6 +46,13 @@ def place(tmp_path, monkeypatch, tiny_checkpoint, image_folder):
     for split in ("train", "test"):
         (tmp_path / "renamed" / split / "red").rename(tmp_path / "renamed" / split / "orange")
     torch.save(content | {"settings": content["settings"] | {"batch_size": 0}}, "badrecipe.pth")
+    torch.save({"net": Build_Resnet.resnet18(width=2).state_dict()}, "ten.pth")
+    torch.save(content | {"model": content["model"] | {"widths": {"layer1.0.conv1": 3}}}, "thin.pth")
+    torch.save(content | {"model": content["model"] | {"widths": {"layer1.0.conv1": 300}}}, "widths.pth")
+    checkpoint.save_packed(Path("torn.npz"), content)
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "torn.npz").read_bytes()[:-100])
+    (tmp_path / "text.npz").write_text("these are no weights")
+    (tmp_path / "folder.npz").mkdir()
     torch.save(content | {"epoch": 2, "settings": content["settings"] | {"T_max": 1}}, "zerorate.pth")
     write_image_folder(tmp_path / "torn")
     (tmp_path / "torn" / "train" / "red" / "001.png").write_bytes(b"no image")
@@ -165,7 +175,33 @@ METHODS = {
         "does not tell the learning rates of its training",
     ),
 }
-CASES = [(run, *item) for item in RUN.items()] + [(pruning, *item) for item in (SWEEP | METHODS).items()]
+SAVINGS = {
+    "--criterion filter_l1 --allocation lamp": (2, "which --allocation lamp is not made for; use uniform or global"),
+    "--criterion l1 filter_l1 --allocation uniform erk": (2, "which --allocation erk is not made for"),
+    "--export": (2, "expected one argument"),
+    "--export sixty": (2, "neither start:stop:step"),
+    "--export 101": (2, "outside 0 to 100"),
+    "--export_precision bf16": (2, "--export_precision has no effect without --export"),
+    "--export_format dense": (2, "--export_format has no effect without --export"),
+    "--export 60 --export_format zip": (2, "invalid choice: 'zip'"),
+    "--export 60 --export_precision fp16": (2, "invalid choice: 'fp16'"),
+    "--sensitivity --export 60": (2, "leave out --export and --measure"),
+    "--sensitivity --measure": (2, "leave out --export and --measure"),
+    "--checkpoint good.pth bare.pth --export 60": (2, "name one --checkpoint"),
+    "--engine fast": (2, "invalid choice: 'fast'"),
+    "--controls": (2, "expected at least one argument"),
+    "--checkpoint good.pth --controls none.pth": (1, "none.pth is not there"),
+    "--checkpoint good.pth --controls cut.pth": (1, "cut.pth is damaged"),
+    "--checkpoint good.pth --controls ten.pth": (1, "ten.pth was trained on other images"),
+    "--checkpoint good.pth --export 60 --checkpoint_dir file": (1, "--checkpoint_dir file cannot be written to"),
+    "--checkpoint thin.pth": (1, "does not fit the network"),
+    "--checkpoint widths.pth": (1, "does not describe a network: the width of layer1.0.conv1"),
+    "--checkpoint torn.npz": (1, "torn.npz"),
+    "--checkpoint text.npz": (1, "text.npz"),
+    "--checkpoint folder.npz": (1, "folder.npz is a folder"),
+    "--checkpoint none.npz": (1, "none.npz is not there"),
+}
+CASES = [(run, *item) for item in RUN.items()] + [(pruning, *item) for item in (SWEEP | METHODS | SAVINGS).items()]
 
 
 def files(root):
