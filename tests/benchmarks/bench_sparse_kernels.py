@@ -50,12 +50,12 @@ COLUMNS = ("part", "subject", "kind", "kernel", "level", "milliseconds", "dense_
 IMAGES = 64  # per timing of the whole network, whatever the batch size
 SAMPLE = 8  # images on which sparse and dense networks must agree
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest output
-PANELS = {  # kernel -> title; a panel each
+PANELS = {  # kernel -> title of its panel
     "csr, planes": "one layer, CSR in planes",
     "csr, converted": "one layer, CSR, images converted",
     "bsr 16x16, planes": "one layer, 16x16 blocks in planes",
-    "csr where it pays": "whole network, CSR where it pays",
-    "csr everywhere": "whole network, CSR everywhere",
+    "csr where it pays": "whole network",
+    "csr everywhere": "whole network",
 }
 PACK: dict[str, Callable[[Tensor], Tensor]] = {
     "csr": to_csr,
@@ -235,27 +235,25 @@ def draw(table: Path, figure_path: Path, machine: str) -> None:
     """The plot, from the CSV alone: a line a kind of layer, geometric mean over the stages with their range."""
     with table.open(newline="") as file:
         rows = [row | {"kernel": row["kernel"].split(" @")[0]} for row in csv.DictReader(file)]
-    panels = [name for name in PANELS if any(row["kernel"] == name for row in rows)]
+    panels = list(dict.fromkeys(PANELS[row["kernel"]] for row in rows if row["kernel"] in PANELS))
     figure = Figure(figsize=(4.2 * len(panels), 4.6), layout="constrained")
-    for axes, kernel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+    for axes, title in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
         groups: dict[str, dict[float, list[float]]] = {}
-        for row in (row for row in rows if row["kernel"] == kernel):
-            name = row["kind"] if row["part"] == "layer" else row["subject"]
+        for row in (row for row in rows if PANELS.get(row["kernel"]) == title):
+            name = row["kind"] if row["part"] == "layer" else f"{row['subject']}, {row['kernel']}"
             groups.setdefault(name, {}).setdefault(float(row["level"]), []).append(float(row["ratio"]))
         for colour, (name, points) in zip(COLOURS, groups.items(), strict=False):
             levels, ratios = list(points), list(points.values())
             axes.fill_between(levels, list(map(min, ratios)), list(map(max, ratios)), color=colour, alpha=0.12)
             axes.plot(levels, list(map(statistics.geometric_mean, ratios)), "o-", color=colour, label=name)
         axes.axhline(1, color="black", linewidth=1)
-        axes.set(title=PANELS[kernel], xlabel="weights that are zero, %", yscale="log")
+        axes.set(title=title, xlabel="weights that are zero, %", yscale="log")
         axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1x", "0.2x", "0.5x", "1x", "2x", "5x", "10x"])
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend()
     figure.axes[0].set_ylabel("times as fast as dense fp32")
-    set_title(
-        figure, f"Sparse against dense in a ResNet-50 on {machine}", "mean over stages or batch sizes; band: range"
-    )
+    set_title(figure, f"Sparse against dense in a ResNet-50 on {machine}", "mean over stages; band: range")
     save_figure(figure, figure_path)
 
 
