@@ -21,9 +21,9 @@ import Build_Resnet
 from sparsity import chain, checkpoint, forecast, heatmaps, inputs, plots, report, runtime, summary
 from sparsity.bench import Bench, Extra, Pruned, measure, measure_dense, outdate
 from sparsity.checkpoint import Checkpoint
-from sparsity.controls import ControlBench, measure_controls, require_comparable, table_of
+from sparsity.controls import ControlBench, measure_controls, require_comparable
 from sparsity.data import DATASETS, Split
-from sparsity.engine import ENGINES
+from sparsity.engine import ENGINES, require_supported
 from sparsity.evaluation import default_batch_size, inference_copy
 from sparsity.export import Builder, Export, ExportFiles, add_export_flags, refuse_export_clashes
 from sparsity.flags import (
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         type=Path,
         nargs="+",
-        help="one or more, as seeds of one experiment (newest numbered in checkpoints/)",
+        help="one or more, as seeds of one experiment (newest numbered in --checkpoint_dir)",
     )
     parser.add_argument(
         "--levels",
@@ -143,15 +143,17 @@ def sweep_levels(args: argparse.Namespace) -> None:
     files = SweepFiles(args.images_dir / f"{name}_{kind}")
     header = describe_run(args, source, test, classes, saved, checkpoints, panel)
     sizes = {name: layer.weight.numel() for name, layer in prunable.items()}
+    exported = find_exports(args, name, panel, paths, dense)
+    if args.engine == "sparse":
+        require_supported(args.engine, inference, example.to(device, dtype))
     load = functools.partial(inputs.load_evidence, source, saved, args.calibration_images, args.seed, dtype, device)
     evidence = load(set(panel)) if args.restart else None  # before the rows go that would be missed if it failed
     sweep = report.open_sweep(files, header, test.labels.numpy(), sizes, args.restart)
     if args.restart:
         state_file(files).unlink(missing_ok=True)
-        table_of(files).unlink(missing_ok=True)
     args.restart = False  # from here on, rows are kept
     test = test.to(device)
-    extras = make_extras(args, name, sweep, test, dense, panel, inference)
+    extras = make_extras(args, exported, sweep, test, panel, inference)
     outdate(sweep, extras)
     checkpoints, iterative = sweep.header["checkpoints"], args.schedule == "iterative"
     missing = {name: missing_curves(sweep, name, panel, whole=iterative) for name in checkpoints}
@@ -162,7 +164,7 @@ def sweep_levels(args: argparse.Namespace) -> None:
         calibration_sha256=calibration and calibration.images.hash(), training_sha256=train and train.hash()
     )
     means = Means(dense, tuple(prunable), calibration, tune(saved))
-    networks = forecast.announce(sweep, missing, means, inference, test, args.batch_size)
+    networks = forecast.announce(sweep, missing, means, inference, test, args.batch_size, len(extras))
     del saved, dense
 
     with tqdm(total=networks * len(test), unit="img", disable=None, leave=False) as bar:
@@ -196,7 +198,7 @@ def compare_controls(args: argparse.Namespace, bench: Bench, path: Path) -> None
     files, watch = ([extra for extra in bench.extras if isinstance(extra, kind)] for kind in (Export, Stopwatch))
     measure_controls(
         ControlBench(
-            table_of(bench.sweep.files),
+            bench.sweep.files.controls,
             bench.test,
             bench.batch_size,
             runtime.dtype_of(args.precision),
@@ -247,28 +249,31 @@ def continue_chain(
     return Pruner(network, list(means.layers), means.calibration, seed, nested), levels[passed:]
 
 
+def find_exports(args: argparse.Namespace, name: str, panel: Panel, paths: list[Path], dense: nn.Module) -> ExportFiles:
+    """Where exported files go, once it is clear that they can."""
+    files = ExportFiles(args.checkpoint_dir, name, args.export_precision, args.export_format)
+    if args.export is not None:
+        weights = sum(parameter.numel() for parameter in dense.parameters())
+        files.require_writable(exported_levels(args, panel), [*paths, *args.controls], weights)
+    return files
+
+
+def exported_levels(args: argparse.Namespace, panel: Panel) -> list[tuple[Curve, float]]:
+    """The curves and levels that `--export` means."""
+    return [(curve, level) for curve, levels in panel.items() for level in levels if level in args.export]
+
+
 def make_extras(
-    args: argparse.Namespace,
-    name: str,
-    sweep: Sweep,
-    test: Split,
-    dense: nn.Module,
-    panel: Panel,
-    inference: nn.Module,
+    args: argparse.Namespace, files: ExportFiles, sweep: Sweep, test: Split, panel: Panel, inference: nn.Module
 ) -> tuple[Extra, ...]:
-    """What `--export` and `--measure` ask for, once it is clear that the files can be written."""
+    """What `--export` and `--measure` ask for."""
     dtype, extras = runtime.dtype_of(args.precision), []
     if args.export is not None:
         about = {"schedule": sweep.header["settings"]["schedule"], "seed": args.seed, "excluded": args.exclude}
-        wanted = [(curve, level) for curve, levels in panel.items() for level in levels if level in args.export]
-        weights = sum(parameter.numel() for parameter in dense.parameters())
-        runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir", 4 * weights * len(wanted))
-        files = ExportFiles(args.checkpoint_dir, name, args.export_precision, args.export_format)
-        files.require_writable(wanted, sweep)
+        files.announce_replaced(exported_levels(args, panel), sweep)
         extras.append(Export(frozenset(args.export), files, BUILDER, sweep, test, args.batch_size, dtype, about))
     if args.measure:
-        size = test.images.shape[-1]
-        device = torch.device(args.device)
+        size, device = test.images.shape[-1], torch.device(args.device)
         extras.append(Stopwatch(sweep, BUILDER, inference, size, dtype, device, args.threads, args.engine))
     return tuple(extras)
 

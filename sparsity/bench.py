@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from sparsity import runtime
 from sparsity.checkpoint import Checkpoint
+from sparsity.criteria import FILTER_CRITERIA
 from sparsity.data import Split, normalise
 from sparsity.engine import SparseNetwork, run_by
 from sparsity.evaluation import Evaluation, evaluate, refresh
@@ -91,7 +92,9 @@ def measure(bench: Bench, pruned: Pruned) -> None:
     if empty and level < 100:
         notes.append(f"{empty} layer{'s' * (empty > 1)} without weights")
     refresh(bench.inference, model)
-    network = run_by(bench.engine, bench.inference, few_images(bench))
+    # What is left without whole filters is a dense network.
+    engine = "dense" if pruned.curve[0] in FILTER_CRITERIA else bench.engine
+    network = run_by(engine, bench.inference, few_images(bench))
     if isinstance(network, SparseNetwork):
         notes.append(network.words())
     result = evaluate(network, bench.test, bench.batch_size, bench.bar.update)

@@ -46,10 +46,15 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def save_packed(path: Path, content: dict[str, Any], precision: str = "fp32") -> None:
     """Write `content`, a state dict under 'net' and metadata that JSON can say, atomically as a packed `.npz`.
 
-    `precision` is 'fp32' or 'bf16'. Raises what `storage.pack` does, and UserError when the file cannot be written.
+    `precision` is 'fp32' or 'bf16'. Raises UserError when the file cannot be written, or could not be read back:
+    because of metadata that JSON cannot say, or values that are not finite.
     """
     metadata = {key: value for key, value in content.items() if key != "net"}
-    write_atomic(path, storage.pack(content["net"], metadata, precision))
+    try:
+        packed = storage.pack(content["net"], metadata, precision)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be packed ({one_line(error)[:160]}); use --export_format dense") from error
+    write_atomic(path, packed)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

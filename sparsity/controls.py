@@ -10,26 +10,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsity import checkpoint
 from sparsity.checkpoint import Checkpoint
 from sparsity.data import Split
 from sparsity.evaluation import evaluate, inference_copy
 from sparsity.export import ExportFiles
 from sparsity.masks import census, positions_per_image
-from sparsity.report import SweepFiles
 from sparsity.rows import MEASURED, accuracy_columns, write_csv
 from sparsity.runtime import UserError, one_line
 from sparsity.stopwatch import Stopwatch
 
+PRUNED = 0.01  # share of zeros from which on weights are not those of a training
 RECIPE = ("epochs", "optimizer", "batch_size", "learning_rate", "momentum", "weight_decay", "T_max")
 
 
 @dataclass(frozen=True)
 class Control:
-    """A line of the controls' table: `macs` for one image, the other columns as in the rows of a sweep."""
+    """A line of the controls' table: `macs` for one image, the other columns as in the rows of a sweep.
+
+    `images` tells what accuracy was measured on, and how, `file_kind` the precision and format of the file.
+    """
 
     checkpoint: str
     sha256: str
+    images: str
     network: str
     recipe: str
     parameters: int
@@ -37,7 +40,7 @@ class Control:
     accuracy: float
     ci_low: float
     ci_high: float
-    file_precision: str = ""
+    file_kind: str = ""
     file_bytes: int | None = None
     latency_ms: float | None = None
     throughput: float | None = None
@@ -75,17 +78,18 @@ class ControlBench:
     watch: Stopwatch | None
 
 
-def table_of(files: SweepFiles) -> Path:
-    """Where the controls of a sweep stand."""
-    return files.with_suffix("_controls.csv")
-
-
 def require_comparable(
     paths: list[Path], load: Callable[[Path], tuple[Checkpoint, nn.Module]], main: Checkpoint
 ) -> None:
-    """UserError unless each control can be read and was trained for the images that `main` is tested on."""
+    """UserError unless each control can be read, is dense, and was trained for the images that `main` is tested on."""
+    hashes: dict[str, Path] = {}
     for path in paths:
         saved, _ = load(path)
+        if hashes.setdefault(saved.sha256, path) is not path:
+            raise UserError(f"--controls {path} is the same as {hashes[saved.sha256]}; name each one once")
+        zeros = sum(int((value == 0).sum()) for value in saved.net.values() if value.dim() > 1)
+        if zeros > PRUNED * sum(value.numel() for value in saved.net.values() if value.dim() > 1):
+            raise UserError(f"--controls {path} is pruned; a control is a dense network")
         alike = saved.model["num_classes"] == main.model["num_classes"]
         if saved.data and main.data:
             keys = ("image_size", "mean", "std", "classes")
@@ -97,7 +101,7 @@ def require_comparable(
 def measure_controls(
     bench: ControlBench, paths: list[Path], load: Callable[[Path], tuple[Checkpoint, nn.Module]]
 ) -> list[Control]:
-    """Measure each checkpoint and write its line when it is finished; lines that are there and complete are kept."""
+    """Measure each checkpoint and write its line when it is finished; complete lines of it are kept, others dropped."""
     there = {control.sha256: control for control in read_controls(bench.table)}
     done: list[Control] = []
     for path in paths:
@@ -107,8 +111,7 @@ def measure_controls(
             control = _measure(bench, path, saved, network)
             print(f"control {control.network}: accuracy {control.accuracy:.2f} %", flush=True)
         done.append(control)
-        later = [other for key, other in there.items() if key not in {each.sha256 for each in done}]
-        write_csv(bench.table, COLUMNS, map(asdict, [*done, *later]))
+        write_csv(bench.table, COLUMNS, map(asdict, done))
     return done
 
 
@@ -135,8 +138,18 @@ def _parse(line: dict[str, str]) -> Control:
     return Control(**values)
 
 
+def _images(bench: ControlBench) -> str:
+    return f"{len(bench.test)} {bench.test.hash()[:16]} {bench.dtype}"
+
+
+def _kind(files: ExportFiles) -> str:
+    return f"{files.precision} {files.form}"
+
+
 def _lacks(bench: ControlBench, control: Control) -> bool:
-    no_file = bench.files is not None and control.file_precision != bench.files.precision
+    if control.images != _images(bench):
+        return True
+    no_file = bench.files is not None and control.file_kind != _kind(bench.files)
     return no_file or (bench.watch is not None and control.throughput is None)
 
 
@@ -148,15 +161,15 @@ def _measure(bench: ControlBench, path: Path, saved: Checkpoint, network: nn.Mod
     result = evaluate(inference, bench.test, bench.batch_size)
     measured: dict[str, Any] = {}
     if bench.files:
-        packed = bench.files.folder / f"{bench.files.name}_control_{path.stem}.npz"
-        content = {"net": saved.net, "epoch": saved.epoch, "model": saved.model}
-        checkpoint.save_packed(packed, content, bench.files.precision)
-        measured |= {"file_precision": bench.files.precision, "file_bytes": packed.stat().st_size}
+        file = bench.files.path(("control", path.stem, saved.sha256[:8]), 0)
+        bench.files.write(file, {"net": saved.net, "epoch": saved.epoch, "model": saved.model})
+        measured |= {"file_kind": _kind(bench.files), "file_bytes": file.stat().st_size}
     if bench.watch:
         measured |= bench.watch.columns(inference)
     return Control(
         path.name,
         saved.sha256,
+        _images(bench),
         network_name(saved.model),
         recipe_of(saved),
         counts.parameters,

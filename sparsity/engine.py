@@ -13,7 +13,7 @@ from sparsity.rows import SPARSE_NOTE
 from sparsity.runtime import UserError
 
 ENGINES = ("auto", "dense", "sparse")
-CHUNK = 32  # images that are run together; more leave the caches
+CHUNK = 32  # images of 32 pixels that are run together; more leave the caches
 # Costs in units of a multiply-add of a dense convolution, fitted to what tests/benchmarks/bench_sparse_kernels.py
 # measures on two cores with AVX2: within 3 % at 90, 95, 98 and 99 % zeros in every layer.
 SPARSE_COST = 7.0  # a multiply-add with a nonzero weight
@@ -27,7 +27,8 @@ TOLERANCE = 1e-3  # of the largest logit
 class SparseNetwork(nn.Module):
     """A network of an inference copy that multiplies by sparse matrices; images [B, C, S, S] to logits.
 
-    Batches are run in chunks of CHUNK, a single image alone. Made by `sparse_network`.
+    Batches are run in chunks of CHUNK images of 32 pixels, fewer larger ones, a single image alone. Made by
+    `sparse_network`.
     """
 
     def __init__(self, inference: fx.GraphModule, size: int, kernels: dict[str, str]):
@@ -43,7 +44,7 @@ class SparseNetwork(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes]."""
-        batch = 1 if len(images) == 1 else CHUNK
+        batch = 1 if len(images) == 1 else max(1, min(CHUNK, CHUNK * 32**2 // self.size**2))
         if batch not in self.prepared:
             channels = next(layer for layer in self.inference.modules() if isinstance(layer, nn.Conv2d)).in_channels
             network = _in_planes(self.inference, self.size, batch, self.kernels)
@@ -59,15 +60,21 @@ def run_by(engine: str, inference: fx.GraphModule, sample: Tensor) -> nn.Module:
     weights always run in the same way. Raises UserError for 'sparse' where that cannot be: other types than float32,
     other devices than the CPU, other layers than those of a ResNet; and should the two disagree on `sample`.
     """
-    if engine == "dense":
+    if engine == "dense" or not require_supported(engine, inference, sample):
         return inference
+    kernels, gain = choose_kernels(inference, sample[:1], engine)
+    if engine == "sparse":
+        return sparse_network(inference, sample, kernels)
+    network = SparseNetwork(inference, sample.shape[-1], kernels).eval()
+    return network if gain >= WORTHWHILE and disagreement(network, inference, sample) <= TOLERANCE else inference
+
+
+def require_supported(engine: str, inference: fx.GraphModule, sample: Tensor) -> bool:
+    """Whether a network can be run in planes; UserError if not and `engine` is 'sparse'."""
     reason = _unsupported(inference, sample)
     if reason and engine == "sparse":
         raise UserError(f"--engine sparse cannot run this network ({reason}); use --engine dense")
-    if reason:
-        return inference
-    kernels, gain = choose_kernels(inference, sample[:1], engine)
-    return sparse_network(inference, sample, kernels) if engine == "sparse" or gain >= WORTHWHILE else inference
+    return not reason
 
 
 def choose_kernels(inference: fx.GraphModule, image: Tensor, engine: str) -> tuple[dict[str, str], float]:
@@ -94,14 +101,19 @@ def _costs(conv: nn.Conv2d) -> tuple[float, float]:
 def sparse_network(inference: fx.GraphModule, sample: Tensor, kernels: dict[str, str]) -> SparseNetwork:
     """A sparse network with a kernel, csr or conv, for each convolution; UserError if it disagrees on `sample`."""
     network = SparseNetwork(inference, sample.shape[-1], kernels).eval()
-    with torch.inference_mode():
-        expected, found = inference(sample), network(sample)
-    apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    apart = disagreement(network, inference, sample)
     if not apart <= TOLERANCE:
         raise UserError(
             f"sparse and dense arithmetic disagree by {apart:.1e} of the largest output; use --engine dense"
         )
     return network
+
+
+@torch.inference_mode()
+def disagreement(network: nn.Module, inference: fx.GraphModule, sample: Tensor) -> float:
+    """Largest difference of both logits on `sample`, in units of the largest logit; nan where one is not finite."""
+    expected, found = inference(sample), network(sample)
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def _unsupported(inference: fx.GraphModule, sample: Tensor) -> str:

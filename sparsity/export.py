@@ -39,7 +39,10 @@ def add_export_flags(parser: argparse.ArgumentParser) -> None:
         help="packed (.npz), or dense: a .pth with zeros that other code reads (%(default)s)",
     )
     parser.add_argument(
-        "--checkpoint_dir", type=Path, default=Path("checkpoints"), help="where exported files go (%(default)s)"
+        "--checkpoint_dir",
+        type=Path,
+        default=Path("checkpoints"),
+        help="where exported files go and the newest checkpoint is looked for (%(default)s)",
     )
     parser.add_argument(
         "--measure", action="store_true", help="latency, throughput and memory of every network, timed against dense"
@@ -53,6 +56,10 @@ def refuse_export_clashes(parser: argparse.ArgumentParser, args: argparse.Namesp
         parser.error(f"--{useless[0]} has no effect without --export")
     if args.sensitivity and (args.export is not None or args.measure):
         parser.error("--sensitivity prunes one layer at a time; leave out --export and --measure")
+    if args.export is not None and args.schedule == "iterative" and "levels" not in explicit:
+        parser.error("--schedule iterative prunes in the steps of --levels; give them with --export")
+    if args.sensitivity and args.controls:
+        parser.error("--sensitivity draws no controls; leave out --controls")
     if args.export is not None and len(args.checkpoint or []) > 1:
         parser.error("--export writes a file for each curve and level; name one --checkpoint")
 
@@ -101,15 +108,33 @@ class ExportFiles:
         """The file of a level of a curve."""
         return self.folder / f"{'_'.join((self.name, *curve, level_text(level)))}{FORMATS[self.form]}"
 
-    def require_writable(self, wanted: list[tuple[Curve, float]], sweep: Sweep) -> None:
-        """Say which files of others will be replaced; UserError where a folder is in the way."""
+    def require_writable(self, wanted: list[tuple[Curve, float]], inputs: list[Path], weights: int) -> None:
+        """UserError where a folder is in the way, there is no room, or a file would replace one of `inputs`.
+
+        `wanted` are the curves and levels of a network of so many `weights`.
+        """
         paths = [self.path(*each) for each in wanted]
+        runtime.prepare_folder(self.folder, "--checkpoint_dir", 4 * weights * sum(not path.exists() for path in paths))
+        read = {path.resolve() for path in inputs}
         for path in paths:
             if path.is_dir():
                 raise UserError(f"{path} is a folder where a file is to be exported; move it or use another --name")
+            if path.resolve() in read:
+                raise UserError(f"{path} would be replaced by what is made of it; use another --name")
+
+    def announce_replaced(self, wanted: list[tuple[Curve, float]], sweep: Sweep) -> None:
+        """Say which files, other than the sweep's own, will be replaced."""
         ours = {entry["file"] for entry in sweep.header.get("exports", {}).values()}
-        if replaced := [str(path) for path in paths if path.exists() and str(path) not in ours]:
+        paths = [str(self.path(*each)) for each in wanted if self.path(*each).exists()]
+        if replaced := [path for path in paths if path not in ours]:
             print(f"replacing {', '.join(replaced[:3])}" + (f" and {len(replaced) - 3} more" * (len(replaced) > 3)))
+
+    def write(self, path: Path, content: dict[str, Any]) -> None:
+        """Write a network, {'net': state dict on the CPU, ...}, in the precision and form of these files."""
+        if self.form == "packed":
+            checkpoint.save_packed(path, content, self.precision)
+        else:
+            write_dense(path, content, self.precision)
 
 
 @dataclass(frozen=True)
@@ -147,23 +172,32 @@ class Export:
         if pruned.level not in self.levels:
             return {}, []
         path, filters = self.files.path(pruned.curve, pruned.level), pruned.curve[0] in FILTER_CRITERIA
-        state, spec, counts = unmasked_state(pruned.model), pruned.saved.model, None
-        if self.files.form == "packed" or filters:  # a file with zeros is for code that knows the usual widths alone
-            small = smaller(pruned.model, spec, self.builder)
+        if self.files.form == "packed" or filters:
+            small = smaller(pruned.model, pruned.saved.model, self.builder)
             state, spec, counts = small.network.state_dict(), small.spec, small.thin
-        state = {name: value.cpu() for name, value in state.items()}
-        write = checkpoint.save_packed if self.files.form == "packed" else write_dense
-        write(path, {"net": state} | self._content(pruned, row, spec), self.files.precision)
-        network = self._read_back(path, storage.stored(state, self.files.precision))
+        else:  # a file with zeros is for code that knows the usual widths alone
+            state = {name: value.cpu() for name, value in unmasked_state(pruned.model).items()}
+            spec, counts = pruned.saved.model, None
+        stored = storage.stored(state, self.files.precision)
         notes = [] if filters or counts is None else _dead_words(counts)
+        accuracy = row.accuracy
         if self.files.precision != "fp32" or (counts and counts.removed):
-            network = inference_copy(network.to(self.test.images.device), self.dtype)
-            again = evaluate(network, self.test, self.batch_size)
+            again = self._evaluate(stored, spec)
+            accuracy = round(again.accuracy, 6)
             differing = int((again.predictions != result.predictions).sum())
-            notes.append(f"file {again.accuracy:.2f} %, {differing} predictions differ")
-        entry = self._entry(path, row)
+            notes.append(f"file {accuracy:.2f} %, {differing} predictions differ")
+        self.files.write(path, {"net": state} | self._content(pruned, row, spec, accuracy))
+        self._read_back(path, stored)
+        entry = self._entry(path, row) | {"accuracy": accuracy}
         self.sweep.record("exports", self.sweep.header.get("exports", {}) | {pruned.key: entry})
         return {"file_bytes": entry["bytes"]}, notes
+
+    def _evaluate(self, state: dict[str, Tensor], spec: dict[str, Any]) -> Evaluation:
+        """What the network in a file says of the test images, where it is not that of the row."""
+        network = self.builder.build(spec)
+        network.load_state_dict(state)
+        inference = inference_copy(network.eval().to(self.test.images.device), self.dtype)
+        return evaluate(inference, self.test, self.batch_size)
 
     def _entry(self, path: Path, row: Row) -> dict[str, Any]:
         """What the JSON tells of a file: its bytes, and bits for each prunable weight beside the yardstick for them."""
@@ -178,7 +212,7 @@ class Export:
             "entropy_and_values": round(storage.entropy_bits(zeros, weights, VALUE_BITS[self.files.precision]), 4),
         }
 
-    def _content(self, pruned: Pruned, row: Row, spec: dict[str, Any]) -> dict[str, Any]:
+    def _content(self, pruned: Pruned, row: Row, spec: dict[str, Any], accuracy: float) -> dict[str, Any]:
         """What the file tells beside the weights: all that the checkpoint told, and how it was pruned."""
         saved = pruned.saved
         told = {"data": saved.data, "settings": saved.settings}
@@ -188,18 +222,17 @@ class Export:
             "model": spec,
             **{key: value for key, value in told.items() if value},
             "pruning": how | {"checkpoint": pruned.checkpoint, "sha256": saved.sha256} | self.about,
-            "metrics": {"test_accuracy": row.accuracy, "test_images": len(self.test)},
+            "metrics": {"test_accuracy": accuracy, "test_images": len(self.test)},
             "versions": runtime.versions(),
         }
 
-    def _read_back(self, path: Path, expected: dict[str, Tensor]) -> nn.Module:
-        """The network in a file that was just written; UserError unless it is that of `expected`, bit for bit."""
+    def _read_back(self, path: Path, expected: dict[str, Tensor]) -> None:
+        """UserError unless a file that was just written holds the network of `expected`, value for value."""
         network = checkpoint.restore(checkpoint.load(path), self.builder.build, self.builder.spec_of)
         found = network.state_dict()
-        wrong = [name for name in expected if not torch.equal(found[name], expected[name].cpu())]
+        wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
         if wrong:
             raise UserError(f"{path} came back with other values of {wrong[0]}; the disk or memory is not sound")
-        return network
 
 
 def write_dense(path: Path, content: dict[str, Any], precision: str) -> None:

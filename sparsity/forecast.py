@@ -21,9 +21,18 @@ TRAINING_COST = 3.5  # of a forward pass of evaluation: forward, two backward pr
 
 
 def announce(
-    sweep: Sweep, missing: dict[str, Panel], means: Means, inference: nn.Module, test: Split, batch_size: int
+    sweep: Sweep,
+    missing: dict[str, Panel],
+    means: Means,
+    inference: nn.Module,
+    test: Split,
+    batch_size: int,
+    extras: int = 0,
 ) -> int:
-    """Say what is kept and, from a first few batches, how long the rest will take; returns the networks to evaluate."""
+    """Say what is kept and, from a first few batches, how long the rest will take; returns the networks to evaluate.
+
+    `extras` counts what else is measured of each network, whose time is not foreseen.
+    """
     if sweep.kept:
         print(f"{sweep.kept} rows in {sweep.files.csv} were measured with these settings and are kept")
     networks = sum(name not in sweep.dense for name in missing)
@@ -36,6 +45,7 @@ def announce(
         extra = f", and recovery in {recovered} curves" if recovered else ""
         scored = sorted({curve[0] for curves in panels for curve in curves} & NEEDS_CALIBRATION)
         extra += f"; scoring by {', '.join(scored)} comes on top" if scored else ""
+        extra += "; files and timing come on top" if extras else ""
         work = f"{networks} networks x {len(test):,} images at {rate:,.0f} images/s{extra}"
         print(f"about {duration(seconds)}: {work}", flush=True)
     return networks

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparsity.engine import run_by
-from sparsity.runtime import UserError, one_line
+from sparsity.evaluation import overwrite_in_place
+from sparsity.runtime import UserError, machine, one_line
 
 LATENCY_BATCH = 1
 THROUGHPUT_BATCH = 128
@@ -56,11 +57,12 @@ def time_inference(
     """
     blobs = [_serialised(part) for part in (network, reference) if part is not None]
     words = [str(len(blobs)), str(image_size), str(threads), str(device), engine, str(os.getpid())]
+    root = str(Path(__file__).parents[1])
     process = subprocess.run(
         [sys.executable, "-m", "sparsity.measure", *words],
         input=b"".join(blobs),
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))},
     )
     if process.returncode:
         lines = process.stderr.decode(errors="replace").strip().splitlines() or ["no message; out of memory?"]
@@ -68,9 +70,11 @@ def time_inference(
     return Speed(**json.loads(process.stdout.decode().splitlines()[-1]))
 
 
-def describe_measurement() -> dict[str, int | str]:
-    """What a sweep's JSON tells of how its times were taken; threads, precision and versions stand there already."""
+def describe_measurement(engine: str, device: torch.device) -> dict[str, Any]:
+    """What a sweep's JSON tells of how its times were taken; precision and versions stand there already."""
     return {
+        "engine": engine,
+        "machine": machine(device),
         "latency_batch": LATENCY_BATCH,
         "throughput_batch": THROUGHPUT_BATCH,
         "runs": RUNS,
@@ -88,7 +92,10 @@ def _serialised(network: nn.Module) -> bytes:
 def _received(stream: BinaryIO, device: torch.device) -> nn.Module:
     """A network that the parent process sent. Only ever from the pipe to the parent, so that its pickle is trusted."""
     size = int.from_bytes(stream.read(8), "big")
-    return torch.load(io.BytesIO(stream.read(size)), map_location=device, weights_only=False)
+    network = torch.load(io.BytesIO(stream.read(size)), map_location=device, weights_only=False)
+    if isinstance(network, fx.GraphModule):
+        overwrite_in_place(network)
+    return network
 
 
 @torch.inference_mode()

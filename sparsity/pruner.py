@@ -64,8 +64,9 @@ class Pruner:
             ranking = rank(FILTER_CRITERIA[criterion](convs))
         keep, swapped = prepare(allocation, ranking).masks(level / 100)
         more = mask_filters(model, keep)
-        notes = [f"{swapped} filters swapped so that no layer is empty"] * (swapped > 0)
-        return model, notes + [f"{more} filters more in blocks of which nothing is left"] * (more > 0)
+        plural = "s" * (swapped > 1)
+        notes = [f"{swapped} filter{plural} swapped so that no layer is empty"] * (swapped > 0)
+        return model, notes + [f"filters of blocks of which nothing is left went too: {more}"] * (more > 0)
 
     def _allocator(self, criterion: str, allocation: str, names: list[str]) -> Allocator:
         key = (criterion, allocation, *names)

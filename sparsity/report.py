@@ -55,6 +55,15 @@ class SweepFiles:
     def png(self) -> Path:
         return self.with_suffix(".png")
 
+    @property
+    def controls(self) -> Path:
+        return self.with_suffix("_controls.csv")
+
+    @property
+    def data(self) -> tuple[Path, ...]:
+        """What figures are drawn from."""
+        return self.csv, self.npz, self.json, self.controls
+
 
 class Sweep:
     """The rows of a sweep with their predictions, on disk after every change.
@@ -121,7 +130,7 @@ class Sweep:
 
     def drop_old(self) -> None:
         """Remove what `open_sweep` set aside at a restart; the new rows are complete."""
-        for path in (self.files.csv, self.files.npz, self.files.json):
+        for path in self.files.data:
             _set_aside(path).unlink(missing_ok=True)
 
     def finish(self, summary: list[dict[str, Any]]) -> None:
@@ -228,13 +237,13 @@ def open_sweep(
             if curves := joined_curves(found.header, header):
                 header["curves"] = curves
             header["dense"] = {name: found.header["dense"][name] for name in found.dense}
-            for key in (*IMAGES, "summary", "measurement", "exports", "controls"):
+            for key in (*IMAGES, "summary", "measurement", "exports"):
                 if key in found.header:
                     header[key] = found.header[key]
             sweep._sort()
             return sweep
     # Rows go before the new settings come, so that a kill in between cannot pair them.
-    for path in (files.csv, files.npz, files.json):
+    for path in files.data:
         try:
             if restart and path.exists():
                 path.replace(_set_aside(path))

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from sparsity.controls import Control, read_controls, table_of
+from sparsity.controls import Control, read_controls
 from sparsity.criteria import FILTER_CRITERIA
 from sparsity.figures import QUIET, curve_styles, save_figure, set_title, wrapped
 from sparsity.report import Sweep, SweepFiles, read_sweep
@@ -83,8 +83,9 @@ def plot_savings(files: SweepFiles) -> bool:
 
     Pareto-optimal networks of a panel are ringed and joined. Controls are dense networks from `controls`.
     """
-    sweep, controls = read_sweep(files), read_controls(table_of(files))
+    sweep, controls = read_sweep(files), read_controls(files.controls)
     if not has_savings(sweep, controls):
+        files.with_suffix("_savings.png").unlink(missing_ok=True)  # of rows that were replaced
         return False
     curves = {curve: [_point(sweep, rows) for rows in levels.values()] for curve, levels in sweep.curves().items()}
     styles = curve_styles(list(curves))

@@ -10,9 +10,11 @@ from sparsity.bench import Pruned
 from sparsity.criteria import FILTER_CRITERIA
 from sparsity.evaluation import Evaluation, inference_copy
 from sparsity.export import Builder, smaller
+from sparsity.header import WAYS_OUT
 from sparsity.measure import Speed, describe_measurement, time_inference
 from sparsity.report import Sweep
 from sparsity.rows import TIMED, Row
+from sparsity.runtime import UserError
 
 
 @dataclass
@@ -33,6 +35,16 @@ class Stopwatch:
     engine: str
     dense: fx.GraphModule | None = field(default=None, init=False)
 
+    def __post_init__(self):
+        there = self.sweep.header.get("measurement", {})
+        if there and {key: there.get(key) for key in self._how()} != self._how():
+            raise UserError(
+                f"{self.sweep.files.csv} holds times of another machine, engine or way of timing; {WAYS_OUT}"
+            )
+
+    def _how(self) -> dict[str, Any]:
+        return describe_measurement(self.engine, self.device)
+
     def begin(self, checkpoint: str, dense: nn.Module) -> None:
         """Time from now on against `dense`, whose own times go into the JSON unless they are there."""
         self.dense = inference_copy(dense, self.dtype)
@@ -40,7 +52,7 @@ class Stopwatch:
         if "throughput" in figures:
             return
         speed = self._time(self.dense, None, "dense")
-        self.sweep.record("measurement", describe_measurement() | {"base_memory_mb": speed.base_memory_mb})
+        self.sweep.record("measurement", self._how() | {"base_memory_mb": speed.base_memory_mb})
         times = {column: getattr(speed, column) for column in TIMED if column != "speedup"}
         self.sweep.record("dense", self.sweep.header["dense"] | {checkpoint: figures | times})
 
@@ -51,15 +63,14 @@ class Stopwatch:
     def _time(self, network: fx.GraphModule, reference: fx.GraphModule | None, engine: str) -> Speed:
         return time_inference(network, reference, self.image_size, self.threads, self.device, engine)
 
-    def columns(self, network: fx.GraphModule) -> dict[str, Any]:
-        """The columns of TIMED for an inference copy, in turns with the dense one."""
-        speed = asdict(self._time(network, self.dense, self.engine))
+    def columns(self, network: fx.GraphModule, engine: str = "dense") -> dict[str, Any]:
+        """The columns of TIMED for an inference copy run by `engine`, in turns with the dense one."""
+        speed = asdict(self._time(network, self.dense, engine))
         return {column: speed[column] for column in TIMED}
 
     def __call__(self, pruned: Pruned, row: Row, result: Evaluation) -> tuple[dict[str, Any], list[str]]:
         """The columns of TIMED for a pruned network."""
-        network = self.inference
-        if pruned.curve[0] in FILTER_CRITERIA:
-            small = smaller(pruned.model, pruned.saved.model, self.builder).network
-            network = inference_copy(small.to(self.device), self.dtype)
-        return self.columns(network), []
+        if pruned.curve[0] not in FILTER_CRITERIA:
+            return self.columns(self.inference, self.engine), []
+        small = smaller(pruned.model, pruned.saved.model, self.builder).network
+        return self.columns(inference_copy(small.to(self.device), self.dtype)), []

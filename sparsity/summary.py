@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsity.criteria import FILTER_CRITERIA
 from sparsity.header import Curve
 from sparsity.report import Sweep
 from sparsity.rows import ONE_LAYER, Row, curve_name, level_text, points
@@ -117,12 +118,17 @@ def sentence(entry: dict[str, Any], tests: int) -> str:
         return f"{name}: no measured level stays within {within} of the dense network."
     over = "" if entry["checkpoints"] == 1 else f", over {entry['checkpoints']} checkpoints"
     return (
-        f"{name}: {level_text(entry['level'])} % of the weights can go within {within} of dense "
+        f"{name}: {level_text(entry['level'])} % of the {_unit(entry['criterion'])} can go within {within} of dense "
         f"(chosen on half of the test images); on the other {entry['images']:,} images {entry['accuracy']:.2f} % "
         f"against {entry['dense']:.2f} % dense, difference {entry['difference']:+.2f} points "
         f"(95 % interval {entry['difference_low']:+.2f} to {entry['difference_high']:+.2f}{over}"
         f"{_test_words(entry, tests)})."
     )
+
+
+def _unit(criterion: str) -> str:
+    """What a level is a share of."""
+    return "inner filters" if criterion in FILTER_CRITERIA else "weights"
 
 
 def _test_words(entry: dict[str, Any], tests: int) -> str:

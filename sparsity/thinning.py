@@ -15,7 +15,7 @@ RELUS = (F.relu, torch.relu, torch.relu_, nn.functional.relu_)
 
 @dataclass(frozen=True)
 class Branch:
-    """Convolutions in a row, each read by its BatchNorm, a ReLU and the next one alone.
+    """Convolutions in a row within one module, each read by its BatchNorm, a ReLU and the next one alone.
 
     `norms` holds the BatchNorm after each convolution, for the last one None where there is none. With `residual` the
     last one's goes into an addition, so that the network goes on without the branch when nothing is left of it.
@@ -212,7 +212,9 @@ def _reader(norm: fx.Node | None, modules: dict[str, nn.Module], convs: dict[str
     reader = next(iter(relu.users), None)
     if not _is_relu(relu, modules) or len(relu.users) != 1 or reader.op != "call_module":
         return None
-    return reader.target if convs.get(reader.target) is reader else None
+    # A stem that is read by one shortcut alone is no part of that block: who builds the network could not make it thin.
+    same_block = reader.target.rpartition(".")[0] == norm.target.rpartition(".")[0]
+    return reader.target if convs.get(reader.target) is reader and same_block else None
 
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

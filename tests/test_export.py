@@ -138,6 +138,35 @@ def test_a_network_without_filters_to_remove_is_told(tiny_checkpoint, tmp_path, 
     assert "no filters that can be removed" in capsys.readouterr().err
 
 
+def test_an_export_never_replaces_what_it_is_made_of(tiny_checkpoint, tmp_path, capsys):
+    flags = ["--criterion", "filter_l1", "--export", "50", "--name", "x"]
+    assert export(tmp_path, "--checkpoint", tiny_checkpoint, *flags) == 0
+    path = tmp_path / "files" / "x_filter_l1_uniform_none_50.npz"
+    content = path.read_bytes()
+    assert sweep(tmp_path / "again", "--checkpoint_dir", tmp_path / "files", "--checkpoint", path, *flags) == 1
+    assert "would be replaced by what is made of it" in capsys.readouterr().err
+    assert path.read_bytes() == content
+
+
+def test_a_restart_that_cannot_export_leaves_the_rows(tiny_checkpoint, tmp_path):
+    flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,50"]
+    assert export(tmp_path, *flags) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    (tmp_path / "file").write_text("no folder")
+    assert sweep(tmp_path, *flags, "--restart", "--export", "50", "--checkpoint_dir", tmp_path / "file") == 1
+    assert sweep(tmp_path, *flags, "--restart", "--engine", "sparse", "--precision", "bf16") == 1
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(tmp_path.glob("*.old"))
+
+
+def test_metadata_that_json_cannot_say_is_told(tiny_checkpoint, tmp_path, capsys):
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    torch.save(content | {"settings": content["settings"] | {"odd": torch.zeros(2)}}, tmp_path / "odd.pth")
+    assert export(tmp_path, "--checkpoint", tmp_path / "odd.pth", "--export", "50") == 1
+    assert "cannot be packed" in capsys.readouterr().err
+    assert export(tmp_path, "--checkpoint", tmp_path / "odd.pth", "--export", "50", "--export_format", "dense") == 0
+
+
 def test_finetuned_filters_do_not_come_back(tiny_checkpoint, tmp_path):
     flags = ["--criterion", "filter_l1", "--recover", "finetune", "--finetune_learning_rate", "0.1", "--export", "50"]
     assert export(tmp_path, "--checkpoint", tiny_checkpoint, *flags) == 0

@@ -1,6 +1,7 @@
 """Times and memory of inference: fresh processes, columns, words; and controls beside them."""
 
 import csv
+import io
 import json
 import signal
 import subprocess
@@ -38,6 +39,18 @@ def test_a_network_is_timed_in_turns_with_another():
     assert 0 < speed.latency_ms < 1000
     assert speed.speedup > 1.2
     assert speed.peak_memory_mb > speed.base_memory_mb > 50
+
+
+def test_what_is_timed_is_what_is_evaluated():
+    """A graph that was saved and loaded adds out of place; the sparse engine would not know it."""
+    speed = time_inference(copy_of(4), copy_of(4), 16, 1, CPU, "sparse")
+    assert speed.speedup > 0
+    network = copy_of(4)
+    stream = io.BytesIO(measure._serialised(network))
+    received = measure._received(stream, CPU)
+    assert [node.target for node in received.graph.nodes] == [node.target for node in network.graph.nodes]
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(received(images), network(images))
 
 
 def test_alone_there_is_no_speedup():
@@ -245,6 +258,40 @@ def read_sweep_without_times(found):
     for row in found.table():
         found.rows[row.key] = replace(row, speedup=None)
     return found
+
+
+def test_times_of_another_machine_or_engine_are_not_mixed_in(tiny_checkpoint, tmp_path, quick, capsys):
+    flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,50", "--measure"]
+    assert sweep(tmp_path, *flags) == 0
+    before = table(tmp_path).read_text()
+    assert sweep(tmp_path, *flags, "--engine", "dense") == 1
+    assert "holds times of another machine, engine" in capsys.readouterr().err
+    header = json.loads(table(tmp_path).with_suffix(".json").read_text())
+    header["measurement"]["machine"]["device"] = "another"
+    table(tmp_path).with_suffix(".json").write_text(json.dumps(header))
+    assert sweep(tmp_path, *flags) == 1
+    assert table(tmp_path).read_text() == before
+    assert sweep(tmp_path, *flags, "--restart") == 0
+
+
+def test_controls_that_are_pruned_or_named_twice_are_refused(tiny_checkpoint, tmp_path, capsys):
+    flags = ["--checkpoint", tiny_checkpoint, "--levels", "50"]
+    assert sweep(tmp_path, *flags, "--export", "50", "--checkpoint_dir", tmp_path / "files") == 0
+    pruned = tmp_path / "files" / f"{STEM}_l1_uniform_none_50.npz"
+    assert sweep(tmp_path, *flags, "--controls", pruned) == 1
+    assert "is pruned; a control is a dense network" in capsys.readouterr().err
+    assert sweep(tmp_path, *flags, "--controls", tiny_checkpoint, tiny_checkpoint) == 1
+    assert "name each one once" in capsys.readouterr().err
+
+
+def test_controls_of_other_test_images_are_measured_again(tiny_checkpoint, tmp_path):
+    flags = ["--checkpoint", tiny_checkpoint, "--levels", "0", "--controls", tiny_checkpoint]
+    assert sweep(tmp_path, *flags) == 0
+    first = read_controls(tmp_path / f"{STEM}_pruning_controls.csv")
+    assert sweep(tmp_path, *flags, "--max_test_images", "12", "--restart") == 0
+    second = read_controls(tmp_path / f"{STEM}_pruning_controls.csv")
+    assert first[0].images != second[0].images
+    assert not list(tmp_path.glob("*.old"))
 
 
 def test_nothing_is_drawn_where_nothing_was_measured(tiny_checkpoint, tmp_path):

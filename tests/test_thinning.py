@@ -247,6 +247,14 @@ def test_a_thin_network_is_thinned_again():
     assert apart(again, rebuilt(spec, found)) <= 1e-4
 
 
+def test_the_stem_of_a_network_without_branches_is_left_alone():
+    model, _, _ = pruned(network(), 100)
+    small = rebuilt(spec_of(), thin(model))
+    assert inner_convs(small) == []
+    prune_l1_uniform(prunable_layers(small, torch.zeros(1, 3, 16, 16)), 1.0)
+    assert thin(small).removed == 0
+
+
 def test_pruning_filters_leaves_the_dense_network_as_it_is():
     dense = network()
     before = {name: value.clone() for name, value in dense.state_dict().items()}
