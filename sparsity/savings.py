@@ -84,15 +84,15 @@ def plot_savings(files: SweepFiles) -> bool:
     Pareto-optimal networks of a panel are ringed and joined. Controls are dense networks from `controls`.
     """
     sweep, controls = read_sweep(files), read_controls(files.controls)
-    if not has_savings(sweep, controls):
-        files.with_suffix("_savings.png").unlink(missing_ok=True)  # of rows that were replaced
-        return False
     curves = {curve: [_point(sweep, rows) for rows in levels.values()] for curve, levels in sweep.curves().items()}
     styles = curve_styles(list(curves))
     others = [_control_point(control) for control in controls]
     panels = [
         key for key in PANELS if any(key in point.costs for points in [*curves.values(), others] for point in points)
     ]
+    if not panels or not has_savings(sweep, controls):
+        files.with_suffix("_savings.png").unlink(missing_ok=True)  # of rows that were replaced
+        return False
     figure = Figure(figsize=(5.2 * len(panels) + 0.6, 6.2), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for curve, points in curves.items():

@@ -57,7 +57,7 @@ def test_a_sweep_is_drawn_from_its_files(tmp_path, checkpoints):
     assert [path.read_bytes() for path in written] == first
 
 
-NAMES = ("_tradeoff", "_classes", "_layers")
+NAMES = ("_tradeoff", "_classes", "_layers", "_savings")
 
 
 def test_a_sweep_in_which_nothing_is_within_tolerance_is_drawn_without_a_mark(tmp_path):
