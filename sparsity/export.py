@@ -141,8 +141,8 @@ class ExportFiles:
 class Export:
     """Writes the networks of `levels` to `files`; one of the `extras` of a bench.
 
-    What is read back is evaluated on `test` in `dtype` where it may differ from the network that was measured. `about`
-    goes into every file.
+    What goes into a file is evaluated on `test` in `dtype` where it may differ from the network that was measured, and
+    read back and compared when it is written. `about` goes into every file.
     """
 
     levels: frozenset[float]

@@ -203,7 +203,7 @@ def _label(axes, panel: Panel, grid: Grid, names: bool) -> None:
     step = max(1, math.ceil(len(panel.levels) * 0.3 / grid.panel_width))
     ticks = range(0, len(panel.levels), step)
     axes.set_xticks(ticks, [level_text(panel.levels[tick]) for tick in ticks], fontsize=7)
-    axes.set_xlabel("pruned weights (%)", fontsize=8)
+    axes.set_xlabel("pruned (%)", fontsize=8)  # of the weights, or of the filters
     step = max(1, math.ceil(0.085 / grid.cell_height))
     ticks = range(0, len(panel.names), step)
     font = min(8.0, 72 * grid.cell_height * step * 0.85)
