@@ -28,6 +28,7 @@ from sparsity.data import (
 )
 from sparsity.evaluation import Evaluation, default_batch_size, evaluate, inference_copy, refresh
 from sparsity.flags import add_machine_flags, integer, number, parse_with_explicit, set_up_machine
+from sparsity.ranks import Ranks
 from sparsity.runtime import UserError
 from sparsity.training import (
     OPTIMIZERS,
@@ -176,7 +177,7 @@ def check_folders(args: argparse.Namespace, model: nn.Module, first_epoch: int) 
     runtime.prepare_folder(args.images_dir, "--images_dir", 1 << 20)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, team: Ranks) -> None:
     """The whole run: everything that can fail is checked first, then the epochs, then the pictures."""
     state = find_training_state(args) if args.resume else None
     if state:
@@ -187,7 +188,7 @@ def train(args: argparse.Namespace) -> None:
     stem = state.path.name.removesuffix("_last.pth") if state else f"{source.name}_{args.arch}"
     if not state:
         announce_replacement(args, stem)
-    device = set_up_machine(args)
+    device = set_up_machine(args, team)
     runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir")
     training, test, data = load_images(source)
     spec = {"arch": args.arch, "num_classes": len(data["classes"]), "width": args.width}
@@ -325,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     program, words = ("run.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
     args = parse_args(argv)
     return runtime.run_main(
-        lambda: train(args), lambda: runtime.command_line(program, words, *(["--resume"] if args.resume else []))
+        lambda team: train(args, team), lambda: runtime.command_line(program, words, *(["--resume"] if args.resume else []))
     )
 
 

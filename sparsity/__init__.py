@@ -9,7 +9,8 @@ def answer_interrupts() -> None:
     """Let Ctrl-C end the process with a line instead of a traceback while torch is imported, which takes seconds."""
 
     def leave(signum: int, frame: object) -> None:
-        print("\ninterrupted before anything was done", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one speaks
+            print("\ninterrupted before anything was done", file=sys.stderr, flush=True)
         os._exit(130)
 
     signal.signal(signal.SIGINT, leave)

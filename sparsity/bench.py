@@ -16,6 +16,8 @@ from sparsity.engine import SparseNetwork, run_by
 from sparsity.evaluation import Evaluation, evaluate, refresh
 from sparsity.header import Curve
 from sparsity.masks import census, zeros_by_layer
+from sparsity.parallel import evaluate_shared
+from sparsity.ranks import Ranks
 from sparsity.report import Sweep
 from sparsity.rows import MEASURED, Row, accuracy_columns, comparison_columns, curve_name, level_text, row_key
 
@@ -71,10 +73,13 @@ class Bench:
     extras: tuple[Extra, ...] = ()
 
 
-def measure_dense(bench: Bench, name: str, dense: nn.Module) -> None:
-    """Evaluate an untouched checkpoint and write down what it predicts; UserError when it gives no finite outputs."""
+def measure_dense(bench: Bench, name: str, dense: nn.Module, team: Ranks) -> None:
+    """Evaluate an untouched checkpoint, all processes together, and write down what it predicts.
+
+    UserError when it gives no finite outputs.
+    """
     refresh(bench.inference, dense)
-    result = evaluate(bench.inference, bench.test, bench.batch_size, bench.bar.update)
+    result = evaluate_shared(team, bench.inference, bench.test, bench.batch_size, bench.bar.update)
     if not torch.isfinite(torch.tensor(result.loss)):
         raise runtime.UserError(f"{name} gives outputs that are not finite; its weights are damaged")
     counts = census(dense, {}, bench.positions)
@@ -120,8 +125,19 @@ def measure(bench: Bench, pruned: Pruned) -> None:
         columns, more = extra(pruned, row, result)
         row = replace(row, notes="; ".join(filter(None, [row.notes, *more])), **columns)
     sweep.add(row, predictions, zeros)
-    said = f"{level_text(level):>5} % pruned, {curve_name(pruned.curve)}: accuracy {row.accuracy:6.2f} %"
+    tell(bench, row)
+
+
+def tell(bench: Bench, row: Row) -> None:
+    """Say what was found."""
+    said = f"{level_text(row.level):>5} % pruned, {curve_name(row.curve)}: accuracy {row.accuracy:6.2f} %"
     bench.bar.write(f"{said}, {row.seconds:.1f} s" + (f" ({row.notes})" if row.notes else ""))
+
+
+def tell_distant(bench: Bench, row: Row) -> None:
+    """Say what another process found."""
+    bench.bar.update(len(bench.test))
+    tell(bench, row)
 
 
 def few_images(bench: Bench) -> Tensor:

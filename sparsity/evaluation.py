@@ -111,6 +111,11 @@ def evaluate(
     mode already. `on_batch` is told the number of images after each batch. The mean loss is that of cross-entropy,
     summed in float64.
     """
+    return count(*answer(network, split, batch_size, on_batch), split.labels)
+
+
+def answer(network: nn.Module, split: Split, batch_size: int, on_batch: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+    """The predicted class of each image [N], and the summed loss of each batch in float64; both on the CPU."""
     dtype = next(network.parameters()).dtype
     predictions, losses = [], []
     with torch.inference_mode():
@@ -120,10 +125,15 @@ def evaluate(
             losses.append(F.cross_entropy(logits, labels, reduction="sum"))
             predictions.append(logits.argmax(dim=1))
             on_batch(len(labels))
-    predicted = torch.cat(predictions).cpu()
-    correct = int((predicted == split.labels.cpu()).sum())
-    loss = float(torch.stack(losses).cpu().double().sum())  # not every device has float64
-    return Evaluation(predicted, correct, len(split), loss / len(split))
+    if not predictions:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
+    return torch.cat(predictions).cpu(), torch.stack(losses).cpu().double()  # not every device has float64
+
+
+def count(predictions: Tensor, losses: Tensor, labels: Tensor) -> Evaluation:
+    """The result of what `answer` gave for all images of these `labels` [N]."""
+    correct = int((predictions == labels.cpu()).sum())
+    return Evaluation(predictions, correct, len(labels), float(losses.sum()) / len(labels))
 
 
 def _following_batch_norm(node: fx.Node, layers: dict[fx.Node, nn.Module], calls: list[str]) -> fx.Node | None:

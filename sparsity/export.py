@@ -189,7 +189,7 @@ class Export:
         self.files.write(path, {"net": state} | self._content(pruned, row, spec, accuracy))
         self._read_back(path, stored)
         entry = self._entry(path, row) | {"accuracy": accuracy}
-        self.sweep.record("exports", self.sweep.header.get("exports", {}) | {pruned.key: entry})
+        self.sweep.merge("exports", {pruned.key: entry})
         return {"file_bytes": entry["bytes"]}, notes
 
     def _evaluate(self, state: dict[str, Tensor], spec: dict[str, Any]) -> Evaluation:

@@ -2,12 +2,14 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
 import torch
 
+from sparsity.ranks import Ranks
 from sparsity.rows import level_text
 from sparsity.runtime import resolve_device, resolve_precision, seed_everything
 
@@ -112,6 +114,11 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=integer(1, 4096), help="CPU threads (torch's choice); part of repeatability")
     parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits again on the same hardware, versions and threads, on a GPU too, where it costs time",
+    )
+    parser.add_argument(
         "--images_dir", type=Path, default=Path("images"), help="where plots and tables go (%(default)s)"
     )
 
@@ -132,9 +139,18 @@ def apply_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
-def set_up_machine(args: argparse.Namespace) -> torch.device:
+def make_deterministic(wanted: bool) -> None:
+    """Let torch take algorithms only that give the same bits each time (or again any); an error where it has none."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA multiplies for the first time
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(wanted)
+
+
+def set_up_machine(args: argparse.Namespace, team: Ranks) -> torch.device:
     """Make the automatic choices of device, precision and threads, in `args`, and seed; before anything is drawn."""
-    device = resolve_device(args.device)
+    make_deterministic(args.deterministic)
+    device = resolve_device(args.device, team.local_rank if team.size > 1 else None)
     args.device = str(device)
     args.precision = resolve_precision(args.precision, device)
     args.threads = apply_threads(args.threads)

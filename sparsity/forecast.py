@@ -3,10 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from sparsity.bench import Bench
 from sparsity.criteria import NEEDS_CALIBRATION
 from sparsity.data import Split
 from sparsity.evaluation import evaluate
@@ -14,41 +16,47 @@ from sparsity.masks import positions_per_image
 from sparsity.panel import Panel
 from sparsity.recovery import Means
 from sparsity.recovery.reconstruction import ITERATIONS
-from sparsity.report import Sweep
 from sparsity.runtime import duration
+from sparsity.subject import Subjects
 
 TRAINING_COST = 3.5  # of a forward pass of evaluation: forward, two backward products, the optimizer's step
 
 
-def announce(
-    sweep: Sweep,
-    missing: dict[str, Panel],
-    means: Means,
-    inference: nn.Module,
-    test: Split,
-    batch_size: int,
-    extras: int = 0,
-) -> int:
-    """Say what is kept and, from a first few batches, how long the rest will take; returns the networks to evaluate.
+@dataclass(frozen=True)
+class Forecast:
+    """`networks` to evaluate, and about how long one level takes of each recovery that is used, in seconds."""
 
-    `extras` counts what else is measured of each network, whose time is not foreseen.
-    """
+    networks: int
+    costs: dict[str, float]
+
+
+def announce(bench: Bench, missing: dict[str, Panel], subjects: Subjects, processes: int = 1) -> Forecast:
+    """Say what is kept and, from a first few batches, how long the rest will take, which `processes` share."""
+    sweep, test = bench.sweep, bench.test
     if sweep.kept:
         print(f"{sweep.kept} rows in {sweep.files.csv} were measured with these settings and are kept")
     networks = sum(name not in sweep.dense for name in missing)
     for name, curves in missing.items():
         networks += sum(not sweep.has(name, curve, level) for curve, levels in curves.items() for level in levels)
+    costs: dict[str, float] = {}
     if networks:
         panels = list(missing.values())
-        seconds, rate = sweep_seconds(panels, networks, means, inference, test, batch_size)
+        rate = evaluation_rate(bench.inference, test, bench.batch_size)
+        levels = count_levels(panels)
+        means = subjects.open(next(iter(missing))).means
+        recoveries = {recovery: recovery_seconds(recovery, means, rate) for recovery in levels}
+        one = len(test) / rate
+        costs = {recovery: one + seconds for recovery, seconds in recoveries.items()}
+        seconds = networks * one + sum(count * recoveries[recovery] for recovery, count in levels.items())
         recovered = sum(curve[2] != "none" for curves in panels for curve in curves)
         extra = f", and recovery in {recovered} curves" if recovered else ""
         scored = sorted({curve[0] for curves in panels for curve in curves} & NEEDS_CALIBRATION)
         extra += f"; scoring by {', '.join(scored)} comes on top" if scored else ""
-        extra += "; files and timing come on top" if extras else ""
+        extra += "; files and timing come on top" if bench.extras else ""
         work = f"{networks} networks x {len(test):,} images at {rate:,.0f} images/s{extra}"
-        print(f"about {duration(seconds)}: {work}", flush=True)
-    return networks
+        shared = f" in {processes} processes" if processes > 1 else ""
+        print(f"about {duration(seconds / processes)}{shared}: {work}", flush=True)
+    return Forecast(networks, costs)
 
 
 def evaluation_rate(network: nn.Module, test: Split, batch_size: int) -> float:
@@ -74,17 +82,13 @@ def recovery_seconds(recovery: str, means: Means, rate: float) -> float:
     return 5 * one_pass + reconstruction_work(means) / multiply_rate(images.device)
 
 
-def sweep_seconds(
-    panels: list[Panel], networks: int, means: Means, inference: nn.Module, test: Split, batch_size: int
-) -> tuple[float, float]:
-    """About how long `networks` evaluations and the recoveries in `panels` take, and the images evaluated a second."""
-    rate = evaluation_rate(inference, test, batch_size)
-    recoveries = Counter()
+def count_levels(panels: list[Panel]) -> Counter[str]:
+    """How many levels of each recovery `panels` hold."""
+    recoveries: Counter[str] = Counter()
     for panel in panels:
         for (_, _, recovery), levels in panel.items():
             recoveries[recovery] += len(levels)
-    spent = sum(count * recovery_seconds(recovery, means, rate) for recovery, count in recoveries.items())
-    return networks * len(test) / rate + spent, rate
+    return recoveries
 
 
 def reconstruction_work(means: Means) -> float:

@@ -8,7 +8,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from sparsity.figures import literal, save_figure, set_title, wrapped
-from sparsity.report import Sweep, SweepFiles, read_sweep
+from sparsity.files import SweepFiles
+from sparsity.report import Sweep, read_sweep
 from sparsity.rows import ONE_LAYER, Row, curve_name, level_text
 from sparsity.runtime import UserError
 from sparsity.statistics import class_accuracy

@@ -1,7 +1,7 @@
 """The images that a checkpoint is tested on, and the training images that calibration and fine-tuning read."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,34 @@ def training_recipe(saved: Checkpoint) -> dict[str, Any]:
 def finetuning(saved: Checkpoint, train: Split, rate: float | str, epochs: int, dtype: torch.dtype) -> Finetuning:
     """Fine-tuning of one checkpoint on `train`, as it was trained as far as it tells."""
     return Finetuning(train, finetuning_rates(saved, rate, epochs), **training_recipe(saved), dtype=dtype)
+
+
+def describe_checkpoints(
+    paths: list[Path], load: Callable[[Path], tuple[Checkpoint, Any]], rates: dict[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """Name -> hash and epoch of every checkpoint, after making sure that all can be read and belong together.
+
+    `load` gives a checkpoint and its network; `rates` are those of fine-tuning, None where nothing is fine-tuned.
+    """
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    described: dict[str, dict[str, Any]] = {}
+    kinds = []
+    for name, path in zip(names, paths, strict=True):
+        saved, _ = load(path)
+        twins = [other for other, entry in described.items() if entry["sha256"] == saved.sha256]
+        if twins or name in described:
+            raise UserError(f"--checkpoint {path} is the same as {(twins or [name])[0]}; name each one once")
+        described[name] = {"sha256": saved.sha256, "epoch": saved.epoch}
+        data = saved.data or {}
+        if rates:  # whether it can be fine-tuned is found out before long work
+            training_recipe(saved)
+            finetuning_rates(saved, **rates)
+        kinds.append((saved.model, *(data.get(key) for key in ("dataset", "image_size", "mean", "std", "classes"))))
+        if kinds[-1] != kinds[0]:
+            raise UserError(f"{path} and {paths[0]} differ in network or data; sweep them apart, with --name for each")
+    return described
 
 
 def load_evidence(

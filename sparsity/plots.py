@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from sparsity.figures import COLOURS, QUIET, curve_styles, literal, save_figure, set_title, wrapped
+from sparsity.files import SweepFiles
 from sparsity.header import Curve
 from sparsity.heatmaps import plot_classes, plot_layers
-from sparsity.report import Sweep, SweepFiles, read_sweep
+from sparsity.report import Sweep, read_sweep
 from sparsity.rows import Row, curve_name, level_text, points
 from sparsity.savings import plot_savings
 from sparsity.statistics import mean_and_deviation

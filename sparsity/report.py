@@ -4,14 +4,15 @@ import csv
 import hashlib
 import io
 import json
+import threading
 import zipfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from sparsity.files import SweepFiles, set_aside
 from sparsity.header import WAYS_OUT, Curve, checked_header, curve_rank, joined_curves, recorded_names, require_same
 from sparsity.rows import (
     COLUMNS,
@@ -27,42 +28,6 @@ from sparsity.rows import (
 from sparsity.runtime import UserError, one_line, write_atomic, write_json
 
 IMAGES = ("calibration_sha256", "training_sha256")  # hashes in the JSON, of what a sweep reads of the training split
-
-
-@dataclass(frozen=True)
-class SweepFiles:
-    """The files of a sweep, which share a stem."""
-
-    stem: Path
-
-    def with_suffix(self, suffix: str) -> Path:
-        """The file of the sweep with this ending, dot included."""
-        return self.stem.with_name(self.stem.name + suffix)
-
-    @property
-    def csv(self) -> Path:
-        return self.with_suffix(".csv")
-
-    @property
-    def json(self) -> Path:
-        return self.with_suffix(".json")
-
-    @property
-    def npz(self) -> Path:
-        return self.with_suffix(".npz")
-
-    @property
-    def png(self) -> Path:
-        return self.with_suffix(".png")
-
-    @property
-    def controls(self) -> Path:
-        return self.with_suffix("_controls.csv")
-
-    @property
-    def data(self) -> tuple[Path, ...]:
-        """What figures are drawn from."""
-        return self.csv, self.npz, self.json, self.controls
 
 
 class Sweep:
@@ -81,18 +46,29 @@ class Sweep:
         self.zeros: dict[str, np.ndarray] = {}
         self.dense: dict[str, np.ndarray] = {}
         self._outdated: set[str] = set()
+        self._lock = threading.RLock()  # rows may come from another thread
+
+    def write_header(self) -> None:
+        """Bring the JSON up to date."""
+        with self._lock:
+            write_json(self.files.json, self.header)
 
     def add_dense(self, checkpoint: str, predictions: np.ndarray, figures: dict[str, Any]) -> None:
         """Keep what the untouched checkpoint predicted, and its figures."""
-        self.dense[checkpoint] = self._compact(predictions)
+        self.dense[checkpoint] = self.compact(predictions)
         self.header["dense"][checkpoint] = figures
         self._write_predictions()
-        write_json(self.files.json, self.header)
+        self.write_header()
 
     def record(self, key: str, value: Any) -> None:
         """Keep something more in the JSON."""
         self.header[key] = value
-        write_json(self.files.json, self.header)
+        self.write_header()
+
+    def merge(self, key: str, entries: dict[str, Any]) -> None:
+        """Keep more entries of something that the JSON holds as a table."""
+        with self._lock:
+            self.record(key, self.header.get(key, {}) | entries)
 
     def record_images(self, **hashes: str | None) -> None:
         """Keep the hashes of `calibration_sha256` and `training_sha256`, each None for a run that reads none of them.
@@ -107,19 +83,20 @@ class Sweep:
                 raise UserError(f"{self.files.csv} holds rows of other {kind} images; {WAYS_OUT}")
         for key, now in hashes.items():
             self.header[key] = now or self.header.get(key)
-        write_json(self.files.json, self.header)
+        self.write_header()
 
     def add(self, row: Row, predictions: np.ndarray, zeros: dict[str, int]) -> None:
         """Keep a finished row, its predictions [N], and how many weights of each layer are zero in its network."""
         if zeros.keys() != self.layers.keys():
             raise ValueError("the zeros of a row are counted in other layers than those of the sweep")
-        self.rows[row.key] = row
-        self._outdated.discard(row.key)
-        self.zeros[row.key] = np.array([zeros[name] for name in self.layers], dtype=np.int64)
-        self.predictions[row.key] = self._compact(predictions)
-        self._sort()
-        self._write_predictions()
-        write_csv(self.files.csv, COLUMNS, (asdict(row) | {"level": level_text(row.level)} for row in self.table()))
+        with self._lock:
+            self.zeros[row.key] = np.array([zeros[name] for name in self.layers], dtype=np.int64)
+            self.predictions[row.key] = self.compact(predictions)
+            self.rows[row.key] = row
+            self._outdated.discard(row.key)
+            self._sort()
+            self._write_predictions()
+            write_csv(self.files.csv, COLUMNS, (asdict(row) | {"level": level_text(row.level)} for row in self.table()))
 
     def fingerprint(self) -> str:
         """A hash of everything that decides what a network of this sweep is."""
@@ -131,12 +108,12 @@ class Sweep:
     def drop_old(self) -> None:
         """Remove what `open_sweep` set aside at a restart; the new rows are complete."""
         for path in self.files.data:
-            _set_aside(path).unlink(missing_ok=True)
+            set_aside(path).unlink(missing_ok=True)
 
     def finish(self, summary: list[dict[str, Any]]) -> None:
         """Add the summary to the JSON."""
         self.header["summary"] = summary
-        write_json(self.files.json, self.header)
+        self.write_header()
 
     def table(self) -> list[Row]:
         """All rows in their canonical order: checkpoint, curve, level."""
@@ -151,6 +128,11 @@ class Sweep:
     def kept(self) -> int:
         """How many rows are there that are not measured again."""
         return len(self.rows) - len(self._outdated)
+
+    @property
+    def outdated(self) -> frozenset[str]:
+        """The keys of the rows that are there and are measured again."""
+        return frozenset(self._outdated)
 
     def outdate(self, keys: Iterable[str]) -> None:
         """Have these rows measured again, because something more is wanted of them; until then they stay."""
@@ -183,7 +165,8 @@ class Sweep:
         """The images that the untouched checkpoint gets right: boolean [N]."""
         return self.dense[checkpoint] == self.labels
 
-    def _compact(self, predictions: np.ndarray) -> np.ndarray:
+    def compact(self, predictions: np.ndarray) -> np.ndarray:
+        """Class numbers in the type that they have on disk."""
         few = len(self.header["data"]["classes"]) <= 256
         return np.asarray(predictions).astype(np.uint8 if few else np.uint16)
 
@@ -246,7 +229,7 @@ def open_sweep(
     for path in files.data:
         try:
             if restart and path.exists():
-                path.replace(_set_aside(path))
+                path.replace(set_aside(path))
             path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
@@ -254,10 +237,6 @@ def open_sweep(
             ) from error
     write_json(files.json, header)
     return sweep
-
-
-def _set_aside(path: Path) -> Path:
-    return path.with_name(path.name + ".old")
 
 
 def read_sweep(files: SweepFiles) -> Sweep:

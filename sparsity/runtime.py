@@ -11,14 +11,18 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from sparsity import ranks
+from sparsity.ranks import Ranks
 
 BLOCK = 1 << 20
 
@@ -31,11 +35,12 @@ class Terminated(BaseException):
     """SIGTERM arrived; raised where the program stands, as KeyboardInterrupt is for SIGINT."""
 
 
-def run_main(body: Callable[[], None], continue_command: Callable[[], str]) -> int:
+def run_main(body: Callable[[Ranks], None], continue_command: Callable[[], str]) -> int:
     """Run a script's work and return its exit status: 0, 1 (UserError), 130 (Ctrl-C), 143 (SIGTERM).
 
-    The one place that prints errors: a single line on stderr, and no traceback for what the user can mend.
-    `continue_command` gives the command line that goes on after an interruption.
+    `body` takes the processes of the run. The one place that prints errors: a single line on stderr, of one process,
+    and no traceback for what the user can mend. `continue_command` gives the command line that goes on after an
+    interruption.
     """
 
     def terminate(signum: int, frame: Any) -> None:
@@ -43,24 +48,68 @@ def run_main(body: Callable[[], None], continue_command: Callable[[], str]) -> i
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     previous = signal.signal(signal.SIGTERM, terminate)
+    team = Ranks()
     try:
-        with memory_errors():
-            body()
+        with torch_errors(), lost_connections():
+            team = ranks.start()
+            team.watch(continue_command)
+            body(team)
+            team.leave()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        _say_last(team, f"error: {one_line(error)}")
         return 1
     except OSError as error:  # a path too long, a disk that filled up, a reader of our output that is gone
         if not isinstance(error, BrokenPipeError):
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            _say_last(team, f"error: {one_line(error)}")
         _give_up_broken_stdout()
         return 1
     except (KeyboardInterrupt, Terminated) as stop:
-        status = 143 if isinstance(stop, Terminated) else 130
-        print(f"\ninterrupted; to go on: {continue_command()}", file=sys.stderr)
-        return status
+        death = team.death()  # torchrun ends the others when one process died
+        if death:
+            _say_last(team, f"\nerror: {death}; to go on: {continue_command()}")
+            return 1
+        _say_last(team, f"\ninterrupted; to go on: {continue_command()}")
+        return 143 if isinstance(stop, Terminated) else 130
     finally:
+        team.watching = False
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def _say_last(team: Ranks, line: str) -> None:
+    """The line that says why the run ends, from the first of its processes that comes here."""
+    if team.speaks_last():
+        print(line, file=sys.stderr)
+
+
+@contextmanager
+def lost_connections() -> Iterator[None]:
+    """Turn the error of a collective whose other side is gone into a UserError, where a run has several processes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.launched() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)):
+            raise
+        time.sleep(4 * ranks.ROUND)  # in which the watching thread finds out who died, and ends this process
+        raise UserError(
+            f"the connection to another process of this run is lost ({one_line(error)[-120:]}); give the same command "
+            "again, for training with --resume"
+        ) from error
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Let the first process of a run alone say what is wrong with the command line."""
+    if ranks.is_first():
+        yield
+        return
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+            yield
+    except SystemExit as stop:
+        if stop.code:
+            time.sleep(60)  # torchrun would end the first process before it has spoken
+        raise
 
 
 def _give_up_broken_stdout() -> None:
@@ -78,23 +127,35 @@ def one_line(error: object) -> str:
 
 def command_line(program: str, arguments: list[str], *extra: str) -> str:
     """The shell command that runs `program` again with `arguments`, and `extra` ones that are not among them."""
-    return shlex.join(["python", program, *arguments, *(word for word in extra if word not in arguments)])
+    words = [*ranks.launch_words(), program, *arguments, *(word for word in extra if word not in arguments)]
+    return shlex.join(words)
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn an exhausted memory, of the device or of the machine, into a UserError with the way out."""
+def torch_errors() -> Iterator[None]:
+    """Turn an exhausted memory, of the device or of the machine, into a UserError with the way out.
+
+    Also what torch says of an operation that cannot keep the promise of `--deterministic`.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if "use_deterministic_algorithms" in str(error):
+            reason = one_line(error).split(", but you set")[0]
+            raise UserError(f"{reason}; use another --device, or leave --deterministic out") from error
         exhausted = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
         if not exhausted and "allocate memory" not in str(error):
             raise
         raise UserError("out of memory; use a smaller --batch_size, network or image") from error
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that `--device` names; 'auto' is cuda, then mps, then cpu. Raises UserError when it is not here."""
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device that `--device` names; 'auto' is cuda, then mps, then cpu. Raises UserError when it is not here.
+
+    With a `local_rank`, of one of several processes on a machine, cuda is the GPU of that number, in turn.
+    """
+    if name in ("auto", "cuda") and local_rank is not None and torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -160,6 +221,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.launched(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -218,18 +280,8 @@ def _remove_leftovers(path: Path) -> None:
     """Remove half-written files of processes that were killed while they wrote `path`."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = leftover.name.split(".")[-2]
-        if process.isdecimal() and not _is_running(int(process)):
+        if process.isdecimal() and not ranks.is_running(int(process)):
             leftover.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it runs, but is not ours
-        return True
-    return True
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -10,7 +10,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from sparsity.controls import Control, read_controls
 from sparsity.criteria import FILTER_CRITERIA
 from sparsity.figures import QUIET, curve_styles, save_figure, set_title, wrapped
-from sparsity.report import Sweep, SweepFiles, read_sweep
+from sparsity.files import SweepFiles
+from sparsity.report import Sweep, read_sweep
 from sparsity.rows import SPARSE_NOTE, Row, curve_name, level_text
 
 PANELS = {

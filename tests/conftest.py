@@ -11,7 +11,7 @@ from torch import nn
 
 import run
 from sparsity.data import Split
-from sparsity.report import SweepFiles
+from sparsity.files import SweepFiles
 
 CLASSES = ("green", "red", "violet")
 TINY = ["--arch", "resnet18", "--width", "4", "--image_size", "8", "--batch_size", "16", "--precision", "fp32"]

@@ -11,8 +11,9 @@ import Build_Resnet
 import pruning
 import run
 from sparsity import checkpoint
+from sparsity.files import SweepFiles
 from sparsity.masks import prunable_layers
-from sparsity.report import SweepFiles, read_sweep
+from sparsity.report import read_sweep
 
 STEM = "colours_resnet18"
 

@@ -13,18 +13,19 @@ LAYERS = [
     {"run", "pruning"},
     {"settings"},
     {"inputs", "forecast", "plots"},
-    {"savings"},
+    {"savings", "extras"},
     {"controls"},
-    {"stopwatch"},
+    {"stopwatch", "subject", "deal"},
     {"panel", "pruner", "export", "chain", "summary", "heatmaps"},
     {"bench", "measure"},
-    {"recovery"},
+    {"recovery", "parallel"},
     {"criteria", "reconstruction", "batchnorm", "finetune", "thinning", "engine"},
-    {"training", "evaluation", "checkpoint", "calibration", "allocation"},
+    {"training", "evaluation", "checkpoint", "calibration", "allocation", "collector"},
     {"report", "data", "masks", "flags", "storage", "planes"},
     {"rows", "figures", "layout"},
     {"statistics", "synthetic", "header", "archive"},
     {"runtime"},
+    {"ranks", "files"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 RUN_TIME = {"torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL"}  # PIL comes with torchvision

@@ -22,8 +22,9 @@ import run
 from sparsity import measure
 from sparsity.controls import read_controls
 from sparsity.evaluation import inference_copy
+from sparsity.files import SweepFiles
 from sparsity.measure import time_inference
-from sparsity.report import SweepFiles, read_sweep
+from sparsity.report import read_sweep
 from sparsity.runtime import UserError
 from sparsity.savings import pareto, savings_lines
 

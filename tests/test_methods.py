@@ -19,11 +19,12 @@ import run
 from sparsity import chain, checkpoint, heatmaps
 from sparsity.allocation import ALLOCATIONS
 from sparsity.criteria import CRITERIA
+from sparsity.files import SweepFiles
 from sparsity.inputs import finetuning_rates, training_recipe
 from sparsity.panel import RECONSTRUCTED_LEVELS, missing_curves, product_panel, sensitivity_panel, standard_panel
 from sparsity.pruner import Pruner
 from sparsity.recovery import RECOVERIES
-from sparsity.report import SweepFiles, read_sweep
+from sparsity.report import read_sweep
 from sparsity.runtime import UserError
 
 STEM = "colours_resnet18_pruning"

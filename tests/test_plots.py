@@ -8,7 +8,8 @@ from PIL import Image
 from test_report import CURVE, LABELS, LAYERS, ZEROS, add, begin, header, row
 
 from sparsity import figures, heatmaps, plots
-from sparsity.report import SweepFiles, open_sweep, read_sweep
+from sparsity.files import SweepFiles
+from sparsity.report import open_sweep, read_sweep
 from sparsity.rows import Row, accuracy_columns, comparison_columns, write_csv
 from sparsity.runtime import UserError
 

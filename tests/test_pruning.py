@@ -14,9 +14,10 @@ import pruning
 import run
 from sparsity import checkpoint
 from sparsity.data import Source
+from sparsity.files import SweepFiles
 from sparsity.flags import levels_type
 from sparsity.inputs import output_name
-from sparsity.report import SweepFiles, read_sweep
+from sparsity.report import read_sweep
 from sparsity.statistics import wilson_interval
 
 

@@ -64,7 +64,7 @@ def test_written_files_have_ordinary_permissions(tmp_path):
 
 
 def stop_by(number):
-    def body():
+    def body(team):
         os.kill(os.getpid(), number)
         raise AssertionError("the signal should have arrived")
 
@@ -72,7 +72,7 @@ def stop_by(number):
 
 
 def fail(error):
-    def body():
+    def body(team):
         raise error
 
     return body
@@ -81,7 +81,7 @@ def fail(error):
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        (lambda: None, 0, ""),
+        (lambda team: None, 0, ""),
         (fail(UserError("two\nlines")), 1, "error: two lines\n"),
         (fail(KeyboardInterrupt()), 130, "\ninterrupted; to go on: again\n"),
         (stop_by(signal.SIGINT), 130, "\ninterrupted; to go on: again\n"),
@@ -108,7 +108,7 @@ def test_errors_of_the_program_itself_are_not_hidden():
 
 
 def test_memory_that_the_machine_does_not_have_is_a_user_error(capsys):
-    assert runtime.run_main(lambda: torch.empty(2**50), lambda: "") == 1
+    assert runtime.run_main(lambda team: torch.empty(2**50), lambda: "") == 1
     assert "out of memory" in capsys.readouterr().err
 
 

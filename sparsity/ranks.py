@@ -1,0 +1,213 @@
+"""The processes of one run, as torchrun starts them: who is who, who speaks, and what is said when one dies."""
+
+import os
+import pickle
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+GLANCE = 0.05  # seconds between two looks at the store
+ROUND = 0.5  # seconds between two looks at the other processes
+
+
+class Ranks:
+    """One process's view of all `size` processes of a run; it is number `rank`, and `local_rank` on its `node`.
+
+    What they tell each other goes through the store that torchrun keeps, by polling, so that a signal is answered at
+    once. Values are pickled, as in `torch.distributed.broadcast_object_list`: the store must not be open to strangers.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, node: int = 0, store: Any = None):
+        self.rank, self.size, self.local_rank, self.node, self.store = rank, size, local_rank, node, store
+        self.watching = False
+        self._exchanges = 0
+        self._processes: list[tuple[str, int]] = []  # of every rank: the machine, the process
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that speaks and writes."""
+        return self.rank == 0
+
+    def wait_for(self, key: str) -> None:
+        """Wait until somebody has set `key`."""
+        while not self.store.check([key]):
+            time.sleep(GLANCE)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What all processes give here, in the order of the ranks. Every process has to come by, in the same order."""
+        if self.size == 1:
+            return [value]
+        self._exchanges += 1
+        keys = [f"gather/{self._exchanges}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], pickle.dumps(value))
+        values = []
+        for key in keys:
+            self.wait_for(key)
+            values.append(pickle.loads(self.store.get(key)))
+        return values
+
+    def broadcast(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives in the first process, in all of them."""
+        return self.gather(make() if self.first else None)[0]
+
+    @contextmanager
+    def in_turn(self, key: str) -> Iterator[None]:
+        """One process of each machine does the work first, such as a download; the others follow when it is done."""
+        if self.local_rank:
+            self.wait_for(f"{key}/{self.node}")
+        yield
+        if self.size > 1 and not self.local_rank:
+            self.store.set(f"{key}/{self.node}", "done")
+
+    def claim(self, key: str) -> bool:
+        """Whether this process is the first one that asks for `key`."""
+        return self.size == 1 or self.store.add(key, 1) == 1
+
+    def join(self) -> None:
+        """Meet the others: each tells where it runs. All of them come by before it returns."""
+        self._processes = self.gather((_machine(), os.getpid()))
+
+    def leave(self) -> None:
+        """Tell the others that this process ends because its work is done."""
+        self.watching = False
+        if self.size > 1:
+            self.store.set(f"left/{self.rank}", "done")
+
+    def dead(self) -> list[int]:
+        """The ranks on this machine whose processes ended although their work was not done."""
+        here = _machine()
+        ended = [
+            rank
+            for rank, (machine, process) in enumerate(self._processes)
+            if machine == here and not is_running(process)
+        ]
+        return [rank for rank in ended if not self.store.check([f"left/{rank}"])]
+
+    def speaks_last(self) -> bool:
+        """Whether this process is the one that says why the run ended; the answer is yes once in a run.
+
+        Where the store went with its process, everybody may.
+        """
+        if self.size == 1:
+            return True
+        try:
+            return self.claim("last words")
+        except RuntimeError:
+            return True
+
+    def watch(self, continue_command: Callable[[], str]) -> None:
+        """End this process, from a thread, within a second after another one died or torchrun itself is gone.
+
+        A rank that dies would otherwise be waited for, in a collective that no signal interrupts. One line is said.
+        """
+        parent, self.watching = os.getppid(), self.size > 1
+
+        def look() -> None:
+            while self.watching:
+                reason = self._loss(parent)
+                if reason and self.watching:
+                    if self.speaks_last():
+                        print(f"\nerror: {reason}; to go on: {continue_command()}", file=sys.stderr)
+                    sys.stderr.flush()
+                    os._exit(1)  # files are written whole or not at all, so that nothing is left half done
+                time.sleep(ROUND)
+
+        if self.watching:
+            threading.Thread(target=look, name="watch", daemon=True).start()
+
+    def _loss(self, parent: int) -> str | None:
+        """What is missing of the run, in words."""
+        if os.getppid() != parent:
+            return "torchrun is gone, and its processes end with it"
+        try:
+            return self.death()
+        except RuntimeError:
+            return "the store of torchrun is gone (another machine, or a process that died)"
+
+    def death(self) -> str | None:
+        """The processes that died, in words."""
+        dead = self.dead()
+        numbers = ", ".join(f"{rank} (process {self._processes[rank][1]})" for rank in dead)
+        return f"rank {numbers} of {self.size} died; what was finished before is kept" if dead else None
+
+
+def launched() -> int:
+    """How many processes torchrun started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks, as the environment tells it, before it has met the others."""
+    return launched() == 1 or os.environ["RANK"] == "0"
+
+
+def start() -> Ranks:
+    """This process among those of its run; a single one without torchrun. From now on only the first one speaks."""
+    if launched() == 1:
+        return Ranks()
+    environment = os.environ
+    store, rank, size = next(dist.rendezvous("env://"))
+    if rank:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (for as long as the process lives)
+        sys.stderr = _without_terminal(sys.stderr)
+    store = dist.PrefixStore("run", store)
+    ranks = Ranks(rank, size, int(environment["LOCAL_RANK"]), int(environment.get("GROUP_RANK", 0)), store)
+    ranks.join()
+    return ranks
+
+
+def start_group(ranks: Ranks, device: torch.device) -> None:
+    """Make the process group that collectives need: nccl for GPUs, gloo otherwise."""
+    store, rank, size = next(dist.rendezvous("env://"))  # a connection of its own, because a collective blocks it
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+
+
+def share(total: int, rank: int, size: int, unit: int = 1) -> tuple[int, int]:
+    """Begin and end of the part that `rank` of `size` has of `total`: consecutive, whole units, as even as they can."""
+    units = -(-total // unit)
+    begin, end = (min(total, unit * (units * number // size)) for number in (rank, rank + 1))
+    return begin, end
+
+
+def launch_words() -> list[str]:
+    """How this process was started, as the words of a command line before the name of the script."""
+    if launched() == 1:
+        return ["python"]
+    here, all_processes = int(os.environ["LOCAL_WORLD_SIZE"]), launched()
+    nodes = [f"--nnodes={all_processes // here}", "..."] if all_processes > here else []
+    return ["torchrun", *nodes, f"--nproc_per_node={here}"]
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, but is not ours
+        return True
+    return True
+
+
+def _machine() -> str:
+    """What tells apart the machines, or containers, whose process numbers mean different processes."""
+    try:
+        space = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        space = ""
+    return f"{platform.node()} {space}"
+
+
+def _without_terminal(stream: TextIO) -> TextIO:
+    """A stream to the same place that calls itself no terminal, so that no progress bar is drawn on it."""
+    copy = os.fdopen(os.dup(stream.fileno()), "w", buffering=1)
+    copy.isatty = lambda: False
+    return copy
