@@ -326,7 +326,8 @@ def main(argv: list[str] | None = None) -> int:
     program, words = ("run.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
     args = parse_args(argv)
     return runtime.run_main(
-        lambda team: train(args, team), lambda: runtime.command_line(program, words, *(["--resume"] if args.resume else []))
+        lambda team: train(args, team),
+        lambda: runtime.command_line(program, words, *(["--resume"] if args.resume else [])),
     )
 
 

@@ -94,14 +94,14 @@ class Ranks:
     def speaks_last(self) -> bool:
         """Whether this process is the one that says why the run ended; the answer is yes once in a run.
 
-        Where the store went with its process, everybody may.
+        Where the store is gone, and with it the means to agree, it is the first process of a machine.
         """
         if self.size == 1:
             return True
         try:
             return self.claim("last words")
         except RuntimeError:
-            return True
+            return self.local_rank == 0
 
     def watch(self, continue_command: Callable[[], str]) -> None:
         """End this process, from a thread, within a second after another one died or torchrun itself is gone.
@@ -112,9 +112,10 @@ class Ranks:
 
         def look() -> None:
             while self.watching:
-                reason = self._loss(parent)
+                orphan = os.getppid() != parent
+                reason = "torchrun is gone, and its processes end with it" if orphan else self._loss()
                 if reason and self.watching:
-                    if self.speaks_last():
+                    if self.local_rank == 0 if orphan else self.speaks_last():
                         print(f"\nerror: {reason}; to go on: {continue_command()}", file=sys.stderr)
                     sys.stderr.flush()
                     os._exit(1)  # files are written whole or not at all, so that nothing is left half done
@@ -123,10 +124,8 @@ class Ranks:
         if self.watching:
             threading.Thread(target=look, name="watch", daemon=True).start()
 
-    def _loss(self, parent: int) -> str | None:
+    def _loss(self) -> str | None:
         """What is missing of the run, in words."""
-        if os.getppid() != parent:
-            return "torchrun is gone, and its processes end with it"
         try:
             return self.death()
         except RuntimeError:

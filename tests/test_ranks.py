@@ -1,0 +1,152 @@
+"""What the processes of a run tell each other; threads stand in for processes, around one store."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from sparsity import ranks
+from sparsity.deal import dealt, work_items
+from sparsity.parallel import evaluate_shared
+from sparsity.ranks import Ranks, share
+
+UNIFORM, TUNED = ("l1", "uniform", "none"), ("l1", "uniform", "finetune")
+
+
+def teams(size, per_node=8):
+    """The ranks of a run that share a store, as processes would."""
+    store = HashStore()
+    return [Ranks(rank, size, rank % per_node, rank // per_node, store) for rank in range(size)]
+
+
+def together(members, work):
+    """What `work` gives for each rank, all of them at once."""
+    with ThreadPoolExecutor(len(members)) as pool:
+        return list(pool.map(work, members))
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "unit"), [(10, 1, 1), (10, 3, 1), (2, 4, 1), (0, 2, 1), (1000, 3, 32), (5, 2, 32)]
+)
+def test_shares_are_consecutive_and_complete(total, size, unit):
+    parts = [share(total, rank, size, unit) for rank in range(size)]
+    assert [number for begin, end in parts for number in range(begin, end)] == list(range(total))
+    units = [-(-(end - begin) // unit) for begin, end in parts]
+    assert max(units) - min(units) <= 1
+    assert all(begin % unit == 0 for begin, _ in parts if begin < total)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_everybody_hears_what_everybody_says(size):
+    def talk(team):
+        return team.gather(team.rank), team.broadcast(lambda: f"from {team.rank}"), team.gather(10 * team.rank)
+
+    everything = (list(range(size)), "from 0", [10 * rank for rank in range(size)])
+    assert together(teams(size), talk) == [everything] * size
+
+
+def test_one_alone_is_the_first_to_claim():
+    claims = together(teams(4), lambda team: team.claim("a thing"))
+    assert sorted(claims) == [False, False, False, True]
+    assert together(teams(4), lambda team: team.speaks_last()).count(True) == 1
+    assert Ranks().claim("a thing") and Ranks().claim("a thing")
+
+
+def test_on_each_machine_one_goes_first():
+    order = []
+
+    def work(team):
+        with team.in_turn("download"):
+            order.append((team.node, team.local_rank))
+
+    together(teams(6, per_node=3), work)
+    for node in (0, 1):
+        assert next(local for found, local in order if found == node) == 0
+    assert len(order) == 6
+
+
+def test_a_process_that_is_gone_is_dead_unless_its_work_was_done():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    members = teams(3)
+    together(members, lambda team: team.join())
+    assert members[0].death() is None
+    for team in members:
+        team._processes = [
+            (machine, ended.pid if rank else os.getpid()) for rank, (machine, _) in enumerate(team._processes)
+        ]
+    assert members[0].dead() == [1, 2]
+    members[2].leave()
+    assert members[0].dead() == [1]
+    assert members[0].death() == f"rank 1 (process {ended.pid}) of 3 died; what was finished before is kept"
+
+
+def test_a_single_process_needs_no_store():
+    team = Ranks()
+    assert team.first and team.gather(3) == [3] and team.broadcast(lambda: 4) == 4
+    with team.in_turn("anything"):
+        team.join()
+    team.leave()
+    assert team.death() is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shared_evaluation_gives_the_bits_of_one_process(small_net, small_split, size):
+    def work(team):
+        seen = []
+        return evaluate_shared(team, small_net, small_split, 8, seen.append), sum(seen)
+
+    alone, _ = work(Ranks())
+    results = together(teams(size), work)
+    assert sum(images for _, images in results) == len(small_split)
+    for result, _ in results:
+        assert torch.equal(result.predictions, alone.predictions)
+        assert (result.correct, result.total, result.loss) == (alone.correct, len(small_split), alone.loss)
+
+
+def test_the_store_that_torchrun_keeps_is_found(monkeypatch):
+    assert ranks.launched() == 1 and ranks.is_first() and ranks.launch_words() == ["python"]
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.launched() == 4 and not ranks.is_first()
+    assert ranks.launch_words() == ["torchrun", "--nnodes=2", "...", "--nproc_per_node=2"]
+
+
+MISSING = {"a.pth": {UNIFORM: [10.0, 20.0], TUNED: [10.0]}, "b.pth": {UNIFORM: [10.0]}}
+COSTS = {"none": 1.0, "finetune": 9.0}
+
+
+def test_every_level_is_an_item_and_with_a_schedule_every_curve():
+    levels = [(item.checkpoint, item.curve, item.levels) for item in work_items(MISSING, COSTS, whole=False)]
+    assert levels == [
+        ("a.pth", UNIFORM, (10.0,)),
+        ("a.pth", UNIFORM, (20.0,)),
+        ("a.pth", TUNED, (10.0,)),
+        ("b.pth", UNIFORM, (10.0,)),
+    ]
+    curves = work_items(MISSING, COSTS, whole=True)
+    assert [(item.levels, item.cost) for item in curves] == [((10.0, 20.0), 2.0), ((10.0,), 9.0), ((10.0,), 1.0)]
+    assert work_items({}, {}, whole=False) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_every_item_falls_to_one_process(size):
+    items = work_items(MISSING, COSTS, whole=False)
+    taken = together(teams(size), lambda team: list(dealt(items, team)))
+    assert sorted(str(item) for part in taken for item in part) == sorted(map(str, items))
+
+
+def test_the_longest_item_comes_first_and_then_what_scores_are_at_hand_for():
+    items = work_items(MISSING, COSTS, whole=False)
+    first, second = teams(2)
+    mine, other = dealt(items, first), dealt(items, second)
+    assert next(mine).curve == TUNED
+    assert next(other).levels == (10.0,)  # of a.pth, where the order is that of the list
+    assert next(other).checkpoint == "a.pth"
+    assert next(mine).checkpoint == "b.pth"
+    assert next(mine, None) is None and next(other, None) is None
+    assert list(dealt(items, Ranks())) == items
