@@ -1,13 +1,17 @@
 """Work on which all processes of a run are at once: evaluation, and the steps of training."""
 
+import os
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sparsity.data import Split
 from sparsity.evaluation import Evaluation, answer, count
 from sparsity.ranks import Ranks, share
+from sparsity.runtime import UserError
 
 
 def evaluate_shared(
@@ -26,3 +30,56 @@ def evaluate_shared(
     parts = team.gather(answer(network, part, batch_size, on_batch))
     predictions, losses = (torch.cat(each) for each in zip(*parts, strict=True))
     return count(predictions, losses, split.labels)
+
+
+def replicate(network: nn.Module, team: Ranks) -> nn.Module:
+    """`network` for one epoch of training in which all processes average their gradients in each step.
+
+    The weights of the first process go to all others. It is made anew for each epoch, because after its first step
+    DistributedDataParallel sums gradients in another order than in it, and a run that is resumed has to sum as one
+    that was not interrupted. A single process gets `network` itself.
+    """
+    if team.size == 1:
+        return network
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def share_batchnorm(model: nn.Module, team: Ranks) -> nn.Module:
+    """`model` with BatchNorm over the whole batch of all processes where that can be, on CUDA; said where it cannot.
+
+    The parameters stay the same tensors.
+    """
+    if team.size == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    print("BatchNorm: each process has the statistics of its own part of a batch (SyncBatchNorm needs CUDA)")
+    return model
+
+
+@torch.no_grad()
+def average_statistics(team: Ranks, *networks: nn.Module) -> None:
+    """Average the running statistics of BatchNorm over all processes, in place; they are then the same in each."""
+    if team.size == 1:
+        return
+    buffers = [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    sizes = [buffer.numel() for buffer in buffers]
+    for buffer, mean in zip(buffers, (flat / team.size).split(sizes), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def require_enough(team: Ranks, device: torch.device, batch_size: int, images: int) -> None:
+    """UserError where processes are too many for a training: for its batches, or for the GPUs of this machine."""
+    if team.size == 1:
+        return
+    least = 2 * team.size  # BatchNorm cannot be trained on one value a channel
+    for what, number in (("--batch_size", batch_size), ("images in the training split:", images)):
+        if number < least:
+            raise UserError(f"{what} {number} is too small for {team.size} processes; each needs two images in a batch")
+    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if device.type == "cuda" and here > gpus:
+        raise UserError(f"{here} processes cannot train on {gpus} GPU{'s' * (gpus > 1)}; use --nproc_per_node={gpus}")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device.type} trains in one process; leave torchrun out, or use --device cpu")
