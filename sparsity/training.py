@@ -1,28 +1,31 @@
-"""Optimizers, the schedule and one epoch of training."""
+"""Optimizers, the schedule, the moving average of weights, and one epoch of training."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparsity.runtime import UserError
+from sparsity.runtime import UserError, one_line
 
 SIMD_BLOCK = 16  # channels, with AVX-512; 8 with AVX2
 
 OPTIMIZERS = {
-    "sgd": lambda parameters, rate, momentum, decay: optim.SGD(
-        parameters, lr=rate, momentum=momentum, weight_decay=decay
+    "sgd": lambda parameters, rate, momentum, decay, **options: optim.SGD(
+        parameters, lr=rate, momentum=momentum, weight_decay=decay, **options
     ),
-    "adam": lambda parameters, rate, momentum, decay: optim.Adam(
-        parameters, lr=rate, betas=(momentum, 0.999), weight_decay=decay
+    "adam": lambda parameters, rate, momentum, decay, **options: optim.Adam(
+        parameters, lr=rate, betas=(momentum, 0.999), weight_decay=decay, **options
     ),
-    "rmsprop": lambda parameters, rate, momentum, decay: optim.RMSprop(
-        parameters, lr=rate, momentum=momentum, weight_decay=decay
+    "rmsprop": lambda parameters, rate, momentum, decay, **options: optim.RMSprop(
+        parameters, lr=rate, momentum=momentum, weight_decay=decay, **options
     ),
 }
+FUSED = ("sgd", "adam")  # one kernel for all parameters
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,104 @@ class EpochResult:
 
 
 def make_optimizer(
-    name: str, model: nn.Module, learning_rate: float, momentum: float, weight_decay: float
+    name: str,
+    model: nn.Module,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    norm_weight_decay: bool = True,
 ) -> optim.Optimizer:
-    """The optimizer `name` of OPTIMIZERS; for adam `momentum` is the first beta."""
-    return OPTIMIZERS[name](model.parameters(), learning_rate, momentum, weight_decay)
+    """The optimizer `name` of OPTIMIZERS, fused on CUDA; for adam `momentum` is the first beta.
+
+    Without `norm_weight_decay` the parameters of BatchNorm and the biases, which is all that has one dimension, are a
+    second group without weight decay (arXiv 1812.01187). `nesterov` is for sgd with momentum; others raise TypeError.
+    """
+    parameters = list(model.parameters())
+    groups: list = parameters
+    if not norm_weight_decay:
+        vectors = [parameter.dim() <= 1 for parameter in parameters]
+        groups = [
+            {"params": [parameter for parameter, vector in zip(parameters, vectors, strict=True) if not vector]},
+            {"params": list(compress(parameters, vectors)), "weight_decay": 0.0},
+        ]
+    options = {"nesterov": True} if nesterov else {}
+    if name in FUSED and all(parameter.is_cuda for parameter in parameters):
+        options["fused"] = True
+    return OPTIMIZERS[name](groups, learning_rate, momentum, weight_decay, **options)
 
 
-def make_schedule(optimizer: optim.Optimizer, t_max: int) -> optim.lr_scheduler.LRScheduler:
-    """Cosine annealing, to be stepped once an epoch: down in `t_max` epochs, up in the next (arXiv 1608.03983)."""
-    return optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=t_max)
+def make_schedule(optimizer: optim.Optimizer, t_max: int, warmup_epochs: int = 0) -> optim.lr_scheduler.LRScheduler:
+    """Cosine annealing, to be stepped once an epoch: down in `t_max` epochs, up in the next (arXiv 1608.03983).
+
+    It follows `warmup_epochs` in which the rate rises linearly (arXiv 1706.02677): these train at 1, 2, ... of
+    warmup_epochs + 1 parts of the full rate, which the cosine starts from.
+    """
+    if not warmup_epochs:
+        return optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=t_max)
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup_epochs:
+            return (epoch + 1) / (warmup_epochs + 1)
+        return (1 + math.cos(math.pi * (epoch - warmup_epochs) / t_max)) / 2
+
+    return optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class MovingAverage(AveragedModel):
+    """The exponential moving average of a network's weights and BatchNorm statistics; `module` is the averaged network.
+
+    The decay starts at (1 + t) / (10 + t) after t steps, until that exceeds `decay`, so that the first weights are soon
+    forgotten. `update_parameters`, called after each step, moves `module` in place towards the model. AveragedModel's
+    own sends its count to the device at each step and waits for that; here the count stays on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        steps = int(self.n_averaged)
+        move = get_ema_multi_avg_fn(min(self.decay, (1 + steps) / (10 + steps)))
+        averages, values = ([*network.parameters(), *network.buffers()] for network in (self.module, model))
+        floating = [value.is_floating_point() for value in values]
+        move(list(compress(averages, floating)), list(compress(values, floating)), steps)
+        counts = [not floats for floats in floating]  # of batches, by BatchNorm: they have no mean
+        if any(counts):
+            torch._foreach_copy_(list(compress(averages, counts)), list(compress(values, counts)))
+        self.n_averaged += 1
+
+
+def resolve_compile(name: str, device: torch.device) -> str:
+    """'on' or 'off'; 'auto' is on for CUDA, and off elsewhere: on a CPU compiling was measured not to pay."""
+    return name if name != "auto" else ("on" if device.type == "cuda" else "off")
+
+
+def step_function(model: nn.Module, compiled: bool, batch_size: int) -> Callable[[Tensor], Tensor]:
+    """What computes the logits of a batch in training: `model` itself, or `model` compiled, with the same weights.
+
+    Compiled means torch.compile for batches of `batch_size`, on CUDA with CUDA graphs; a last batch of another size
+    goes through `model` as it is, so that nothing is compiled twice. The first call compiles; it raises UserError where
+    there is no compiler.
+    """
+    if not compiled:
+        return model
+    on_cuda = next(model.parameters()).is_cuda
+    fast = torch.compile(model, mode="reduce-overhead" if on_cuda else None)
+
+    def forward(images: Tensor) -> Tensor:
+        if len(images) != batch_size:
+            return model(images)
+        if on_cuda:
+            torch.compiler.cudagraph_mark_step_begin()  # what the step before left in its graph may be overwritten
+        try:
+            return fast(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = one_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0][:160]
+            raise UserError(f"the network cannot be compiled here ({reason}); use --compile off") from error
+
+    return forward
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:
@@ -71,24 +163,29 @@ def train_one_epoch(
     epoch: int,
     on_batch: Callable[[int, float], None] = lambda images, loss: None,
     after_step: Callable[[], None] = lambda: None,
+    label_smoothing: float = 0.0,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> EpochResult:
     """Train `model` in place on every batch (images [B, C, H, W], labels [B]) with cross-entropy.
 
     Images are brought to the model's `memory_format`, which its weights should be in already.
     `dtype` other than float32 computes under autocast, with float32 weights. Accuracy is counted on the predictions
-    that training makes anyway. `on_batch` is told images and loss, `after_step` is called after each step. A loss that
+    that training makes anyway. `on_batch` is told images and loss, `after_step` is called after each step. The loss,
+    also that reported, is against labels of which the share `label_smoothing` is spread over all classes (arXiv
+    1512.00567). `forward` computes the logits where it is not `model` itself, as `step_function` gives it. A loss that
     is not finite raises UserError; on a CPU at the step where it happens, elsewhere within 20 steps, so that the device
     is not waited for at each step.
     """
     model.train()
+    forward = forward or model
     layout = memory_format(model)
     losses, hits = [], []  # of the steps since the device was asked last
     loss_sum, correct, total = 0.0, 0, 0
     for step, (images, labels) in enumerate(batches, start=1):
+        optimizer.zero_grad(set_to_none=True)  # before the forward, whose CUDA graph may take the gradients' memory
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images.contiguous(memory_format=layout))
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad(set_to_none=True)
+            logits = forward(images.contiguous(memory_format=layout))
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         loss.backward()
         optimizer.step()
         after_step()
@@ -102,30 +199,6 @@ def train_one_epoch(
     loss_sum, correct = loss_sum + _total(losses), correct + int(_total(hits))
     _require_finite(loss_sum, epoch, step, optimizer)
     return EpochResult(loss_sum / total, correct, total)
-
-
-def require_progress(
-    optimizer: optim.Optimizer, schedule: optim.lr_scheduler.LRScheduler, saved: dict, epochs: list[int], epoch: int
-) -> None:
-    """ValueError unless a loaded optimizer, schedule and history all stand after `epoch`.
-
-    `saved` is the state that `schedule` was loaded from, `epochs` the epochs in the history.
-    """
-    if epochs != list(range(1, epoch + 1)):
-        raise ValueError(f"the history is not that of {epoch} epochs")
-    # A schedule made anew, because loading may have added to this one whatever the file held.
-    fresh = make_schedule(make_optimizer("sgd", nn.Linear(1, 1), 0.1, 0.9, 0.0), schedule.T_max)
-    if saved.keys() != fresh.state_dict().keys() or schedule.last_epoch != epoch:
-        raise ValueError("the schedule stands elsewhere")
-    group = optimizer.param_groups[0]
-    if not math.isclose(float(group["lr"]), schedule.get_last_lr()[0], rel_tol=1e-9, abs_tol=1e-30):
-        raise ValueError("learning rate and schedule disagree")
-    buffers = group["momentum"] > 0 if isinstance(optimizer, optim.SGD) else True
-    for parameter in group["params"]:
-        tensors = [value for value in optimizer.state.get(parameter, {}).values() if torch.is_tensor(value)]
-        wide = [tensor for tensor in tensors if tensor.dim()]  # apart from counts of steps
-        if (buffers and not wide) or any(tensor.shape != parameter.shape for tensor in wide):
-            raise ValueError("the optimizer lacks its buffers")
 
 
 def _total(values: list[Tensor]) -> float:
