@@ -8,15 +8,16 @@ if __name__ == "__main__":
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import nn
+from torch import nn, optim
 from tqdm import tqdm
 
 import Build_Resnet
-from sparsity import checkpoint, plots, report, runtime
+from sparsity import checkpoint, ranks, runtime
 from sparsity.data import (
     DATASETS,
     Source,
@@ -26,42 +27,50 @@ from sparsity.data import (
     load_split,
     training_batches,
 )
-from sparsity.evaluation import Evaluation, default_batch_size, evaluate, inference_copy, refresh
+from sparsity.evaluation import Evaluation, default_batch_size, inference_copy, refresh
 from sparsity.flags import add_machine_flags, integer, number, parse_with_explicit, set_up_machine
+from sparsity.parallel import (
+    average_statistics,
+    evaluate_shared,
+    replicate,
+    require_enough,
+    share_batchnorm,
+    share_size,
+    start_group,
+)
 from sparsity.ranks import Ranks
+from sparsity.recipe import add_recipe_flags, contradiction, settle_recipe
+from sparsity.record import draw_pictures, write_record
+from sparsity.resume import (
+    HISTORY_COLUMNS,
+    RaisingParser,
+    continue_settings,
+    find_training_state,
+    kept_settings,
+    restore_progress,
+    training_progress,
+)
 from sparsity.runtime import UserError
 from sparsity.training import (
     OPTIMIZERS,
+    MovingAverage,
     make_optimizer,
     make_schedule,
     memory_format,
-    require_progress,
+    resolve_compile,
+    step_function,
     train_one_epoch,
 )
-
-# What makes one experiment differ from another; a resumed run must not change these.
-EXPERIMENT = (
-    *("dataset", "image_size", "arch", "width", "optimizer", "batch_size", "learning_rate", "momentum"),
-    *("weight_decay", "T_max", "seed", "precision"),
-)
-KEPT = (*EXPERIMENT, "epochs", "save_every", "device", "threads", "data_dir")  # what a checkpoint keeps of the flags
-HISTORY_COLUMNS = ("epoch", "learning_rate", "loss", "training_accuracy", "test_loss", "test_accuracy", "seconds")
 
 
 def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser = kind(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--batch_size", type=integer(2), default=128, help="images a step (%(default)s)")
-    parser.add_argument(
-        "--learning_rate", type=number(0, 1e30, above=True), default=0.01, help="initial learning rate (%(default)s)"
-    )
+    add_recipe_flags(parser)
     parser.add_argument(
         "--momentum", type=number(0, 0.9999), default=0.9, help="for adam: its first beta (%(default)s)"
     )
     parser.add_argument("--weight_decay", type=number(0, 1e30), default=5e-4, help="L2 regularisation (%(default)s)")
     parser.add_argument("--epochs", type=integer(1), default=60, help="passes over the training images (%(default)s)")
-    parser.add_argument(
-        "--T_max", type=integer(1), default=20, help="half period of the cosine schedule, in epochs (%(default)s)"
-    )
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimizer (%(default)s)")
     parser.add_argument(
         "--arch", choices=tuple(Build_Resnet.ARCHITECTURES), default="resnet50", help="network (%(default)s)"
@@ -79,74 +88,26 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
         "--save_every", type=integer(1), default=10, help="epochs between numbered checkpoints (%(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the training state in --checkpoint_dir")
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile the training step; auto is on for CUDA, off elsewhere (%(default)s)",
+    )
     add_machine_flags(parser)
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags as attributes; `explicit` holds the names of those that were given."""
-    args, explicit = parse_with_explicit(build_parser(), argv)
+    parser = build_parser()
+    args, explicit = parse_with_explicit(parser, argv)
     args.explicit = explicit
+    args.image_size = args.image_size or default_image_size(args.dataset)
+    settle_recipe(args)
+    if not args.resume and (problem := contradiction(args)):  # of a resumed run's settings, most are saved ones
+        parser.error(problem)
     return args
-
-
-def find_training_state(args: argparse.Namespace) -> checkpoint.Checkpoint:
-    """The training state that `--resume` means: the only one in the folder that fits --dataset and --arch as given."""
-    states = sorted(args.checkpoint_dir.glob("*_last.pth"))
-    if "arch" in args.explicit:
-        states = [path for path in states if path.name.endswith(f"_{args.arch}_last.pth")]
-    if "dataset" in args.explicit:
-        stem = Source(args.dataset, args.data_dir, 0).name
-        folder_unknown = args.dataset == "folder" and "data_dir" not in args.explicit
-        states = [path for path in states if folder_unknown or path.name.startswith(f"{stem}_")]
-    if not states:
-        raise UserError(
-            f"nothing to resume: {args.checkpoint_dir} has no training state of this run; leave --resume out"
-        )
-    if len(states) > 1:
-        names = ", ".join(path.name for path in states)
-        raise UserError(f"--resume could mean {names}; say which with --dataset and --arch")
-    state = checkpoint.load(states[0])
-    missing = [key for key in ("optimizer", "schedule", "history") if key not in state.content]
-    if missing or not state.epoch or not set(EXPERIMENT) <= state.settings.keys():
-        raise UserError(
-            f"{state.path} is a checkpoint but no training state; leave --resume out to train from the start"
-        )
-    return state
-
-
-class _RaisingParser(argparse.ArgumentParser):
-    """A parser that raises ValueError where argparse would end the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def saved_settings(state: checkpoint.Checkpoint) -> dict[str, Any]:
-    """The settings in a training state, each held against its flag, as it would be on a command line."""
-    words = [f"--{name}={state.settings.get(name)}" for name in KEPT]
-    try:
-        parsed = vars(build_parser(_RaisingParser).parse_args(words))
-    except ValueError as error:
-        raise UserError(f"{state.path} holds settings that cannot be ({runtime.one_line(error)})") from error
-    return {name: parsed[name] for name in KEPT}
-
-
-def continue_settings(args: argparse.Namespace, state: checkpoint.Checkpoint) -> None:
-    """Fill `args`, in place, with the saved settings, and refuse flags that contradict them."""
-    saved = saved_settings(state)
-    given = {name for name in args.explicit if getattr(args, name) != "auto"}
-    clashing = [name for name in EXPERIMENT if name in given and getattr(args, name) != saved[name]]
-    if clashing:
-        clashes = ", ".join(f"--{name} {getattr(args, name)} (saved: {saved[name]})" for name in clashing)
-        raise UserError(f"{state.path} was trained with other settings: {clashes}; leave them or --resume out")
-    for name in ("device", "threads"):
-        if name in given and getattr(args, name) != saved[name]:
-            print(f"--{name} was {saved[name]} before: the result will not be the same to the bit")
-    for name in saved.keys() - given:
-        setattr(args, name, saved[name])
-    if args.epochs < state.epoch:
-        raise UserError(f"{state.path} has {state.epoch} epochs already, more than --epochs {args.epochs}")
 
 
 def numbered_path(args: argparse.Namespace, stem: str, epoch: int) -> Path:
@@ -172,7 +133,7 @@ def check_folders(args: argparse.Namespace, model: nn.Module, first_epoch: int) 
     """Make sure that what training will write can be written, before it starts."""
     weights = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     files = sum(is_saved(epoch, args) for epoch in range(first_epoch, args.epochs + 1))
-    state = 3 * weights  # weights and at most two buffers of the optimizer
+    state = (4 if args.ema else 3) * weights  # weights, their average, and at most two buffers of the optimizer
     runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir", files * weights + 2 * state)
     runtime.prepare_folder(args.images_dir, "--images_dir", 1 << 20)
 
@@ -181,58 +142,112 @@ def train(args: argparse.Namespace, team: Ranks) -> None:
     """The whole run: everything that can fail is checked first, then the epochs, then the pictures."""
     state = find_training_state(args) if args.resume else None
     if state:
-        continue_settings(args, state)
-    args.image_size = args.image_size or default_image_size(args.dataset)
+        continue_settings(args, state, build_parser(RaisingParser))
     source = Source(args.dataset, args.data_dir, args.image_size)
     # A resumed run goes on in its own files, whatever the folder of its images is called by now.
     stem = state.path.name.removesuffix("_last.pth") if state else f"{source.name}_{args.arch}"
     if not state:
         announce_replacement(args, stem)
     device = set_up_machine(args, team)
+    args.compile = resolve_compile(args.compile, device)
     runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir")
-    training, test, data = load_images(source)
+    with team.in_turn("images"):
+        training, test, data = load_images(source)
+    require_enough(team, device, args.batch_size, len(training))
     spec = {"arch": args.arch, "num_classes": len(data["classes"]), "width": args.width}
-    model = checkpoint.restore(state, Build_Resnet.build, Build_Resnet.spec_of) if state else Build_Resnet.build(spec)
-    model = model.to(device, memory_format=memory_format(model))
-    optimizer = make_optimizer(args.optimizer, model, args.learning_rate, args.momentum, args.weight_decay)
-    schedule = make_schedule(optimizer, args.T_max)
-    history = restore_progress(state, data, optimizer, schedule) if state else []
+    model, average, optimizer, schedule = build_training(args, spec, state, device)
+    history = restore_progress(state, data, model, average, optimizer, schedule) if state else []
     check_folders(args, model, len(history) + 1)
+    tested_network = average.module if average else model  # what is evaluated, and saved as the network
+    after_step = partial(average.update_parameters, model) if average else lambda: None
     dtype = runtime.dtype_of(args.precision)
-    inference = inference_copy(model, dtype)
+    inference = inference_copy(tested_network, dtype)
     training, test = training.to(device), test.to(device)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{args.arch} with {parameters:,} parameters on {device} ({args.precision}, {args.threads} threads)")
-    print(f"{source.name}: {len(training):,} training and {len(test):,} test images of {args.image_size} pixels")
-    if state:
-        print(f"resuming after epoch {state.epoch} of {args.epochs}")
+    announce(args, source.name, model, training, test, len(history))
+    start_group(team, device)
+    share_batchnorm(model, team)
+    step = step_function(model, args.compile == "on", share_size(args.batch_size, team))
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         started = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
         with progress_bar(len(training), epoch, args.epochs) as bar:
-            batches = training_batches(training, args.batch_size, args.seed, epoch)
-            result = train_one_epoch(model, batches, optimizer, dtype, epoch, bar.advance)
+            batches = training_batches(training, args.batch_size, args.seed, epoch, args.cutout, team)
+            result = train_one_epoch(
+                model, batches, optimizer, dtype, epoch, bar.advance, after_step, args.label_smoothing,
+                forward=replicate(step, team), team=team,
+            )  # fmt: skip
         schedule.step()
-        refresh(inference, model)
-        tested = evaluate(inference, test, default_batch_size(device))
+        average_statistics(team, model, tested_network)
+        refresh(inference, tested_network)
+        tested = evaluate_shared(team, inference, test, default_batch_size(device))
         seconds = time.perf_counter() - started
         figures = (epoch, rate, result.loss, result.accuracy, tested.loss, tested.accuracy, seconds)
         history.append(dict(zip(HISTORY_COLUMNS, figures, strict=True)))
-        print(
-            f"Epoch: {epoch} | Loss: {result.loss:.4f} | Training accuracy: {result.accuracy:.3f}% | "
-            f"Test accuracy: {tested.accuracy:.3f}% | Epoch Time: {seconds:.2f} secs",
-            flush=True,
-        )
-        content = describe_network(args, model, spec, data, history)
-        if is_saved(epoch, args):
-            checkpoint.save(numbered_path(args, stem, epoch), content)
-        progress = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "history": history}
-        checkpoint.save(args.checkpoint_dir / f"{stem}_last.pth", content | progress)
+        print_epoch(history[-1], args.label_smoothing)
+        if team.first:
+            content = describe_network(args, tested_network, spec, data, history)
+            save_epoch(args, stem, content, training_progress(model, average, optimizer, schedule, history))
         args.resume = True  # from here on, an interruption can be continued
 
-    final = evaluate(inference, test, default_batch_size(device))
-    draw_pictures(args, stem, history, final, test, data)
+    final = evaluate_shared(team, inference, test, default_batch_size(device))
+    if team.first:
+        conclude(args, stem, describe_network(args, tested_network, spec, data, history), history, final, test)
+
+
+def save_epoch(args: argparse.Namespace, stem: str, content: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Write the numbered checkpoint, where it is the turn of one, and the training state."""
+    if is_saved(content["epoch"], args):
+        checkpoint.save(numbered_path(args, stem, content["epoch"]), content)
+    checkpoint.save(args.checkpoint_dir / f"{stem}_last.pth", content | progress)
+
+
+def conclude(
+    args: argparse.Namespace, stem: str, content: dict[str, Any], history: list, final: Evaluation, test: Split
+) -> None:
+    """Pictures, the record, and the test accuracy in words."""
+    last = numbered_path(args, stem, args.epochs)
+    if not last.exists():  # a run that is resumed where --epochs ends it now
+        checkpoint.save(last, content)
+    pictures = draw_pictures(args, stem, history, final, test, content["data"])
+    record = write_record(args, stem, last, final, test, content["data"])
+    print(f"Test accuracy: {final.accuracy:.2f} % ({final.correct:,} of {final.total:,} images)")
+    print(f"wrote {', '.join(map(str, (last, record, *pictures)))}")
+
+
+def build_training(
+    args: argparse.Namespace, spec: dict[str, Any], state: checkpoint.Checkpoint | None, device: torch.device
+) -> tuple[nn.Module, MovingAverage | None, optim.Optimizer, optim.lr_scheduler.LRScheduler]:
+    """Network (new, or the saved one of `state`), its average if there is to be one, optimizer and schedule."""
+    model = checkpoint.restore(state, Build_Resnet.build, Build_Resnet.spec_of) if state else Build_Resnet.build(spec)
+    model = model.to(device, memory_format=memory_format(model))
+    average = MovingAverage(model, args.ema) if args.ema else None
+    rule = (args.learning_rate, args.momentum, args.weight_decay, args.nesterov, args.norm_weight_decay)
+    optimizer = make_optimizer(args.optimizer, model, *rule)
+    return model, average, optimizer, make_schedule(optimizer, args.T_max, args.warmup_epochs)
+
+
+def announce(args: argparse.Namespace, name: str, model: nn.Module, training: Split, test: Split, done: int) -> None:
+    """Say what is trained, on what, from which epoch on, and what of the network is tested."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    how = f"{args.precision}, {args.threads} threads" + (", compiled" if args.compile == "on" else "")
+    how += f", {ranks.launched()} processes" * (ranks.launched() > 1)
+    print(f"{args.arch} with {parameters:,} parameters on {args.device} ({how})")
+    print(f"{name}: {len(training):,} training and {len(test):,} test images of {args.image_size} pixels")
+    if args.ema:
+        print(f"tested and saved is the moving average of the weights (decay {args.ema:g} a step)")
+    if done:
+        print(f"resuming after epoch {done} of {args.epochs}")
+
+
+def print_epoch(row: dict[str, Any], label_smoothing: float) -> None:
+    """An epoch's line; a loss against smoothed labels is called so."""
+    loss = f"Loss (labels smoothed by {label_smoothing:g})" if label_smoothing else "Loss"
+    print(
+        f"Epoch: {row['epoch']} | {loss}: {row['loss']:.4f} | Training accuracy: {row['training_accuracy']:.3f}% | "
+        f"Test accuracy: {row['test_accuracy']:.3f}% | Epoch Time: {row['seconds']:.2f} secs",
+        flush=True,
+    )
 
 
 def load_images(source: Source) -> tuple[Split, Split, dict[str, Any]]:
@@ -263,51 +278,10 @@ def describe_network(
         "epoch": len(history),
         "model": spec,
         "data": data,
-        "settings": {name: getattr(args, name) for name in KEPT} | {"data_dir": str(args.data_dir)},
+        "settings": kept_settings(args),
         "metrics": {name: value for name, value in history[-1].items() if name != "seconds"},
         "versions": runtime.versions(),
     }
-
-
-def restore_progress(state: checkpoint.Checkpoint, data: dict, optimizer, schedule) -> list[dict[str, Any]]:
-    """Bring optimizer and schedule, in place, to where the saved run stood; returns its history."""
-    if (state.data or {}).get("training_sha256") != data["training_sha256"]:
-        raise UserError(f"{state.path} was trained on other images than {data['data_dir']} holds now")
-    try:
-        optimizer.load_state_dict(state.content["optimizer"])
-        schedule.load_state_dict(state.content["schedule"])
-        kinds = (int, *[float] * (len(HISTORY_COLUMNS) - 1))
-        history = [
-            {name: kind(row[name]) for name, kind in zip(HISTORY_COLUMNS, kinds, strict=True)}
-            for row in state.content["history"]
-        ]
-        require_progress(optimizer, schedule, state.content["schedule"], [row["epoch"] for row in history], state.epoch)
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = runtime.one_line(error)[:120]
-        raise UserError(f"{state.path} holds no usable training state ({reason}); leave --resume out") from error
-    return history
-
-
-def draw_pictures(
-    args: argparse.Namespace, stem: str, history: list, final: Evaluation, test: Split, data: dict[str, Any]
-) -> None:
-    """Training curve and confusion matrix, each as CSV and picture, and the test accuracy in words."""
-    classes = data["classes"]
-    title = f"{args.arch} on {data['name']}, {args.image_size} px, {len(history)} epochs"
-    training = args.images_dir / f"{stem}_training.csv"
-    report.write_csv(training, HISTORY_COLUMNS, history)
-    plots.plot_training(training, training.with_suffix(".png"), f"Training {title}")
-    confusion = args.images_dir / f"{stem}_confusion.csv"
-    pairs = test.labels.cpu() * len(classes) + final.predictions
-    counts = torch.bincount(pairs, minlength=len(classes) ** 2).view(len(classes), -1).tolist()
-    rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
-    columns = ("true class", *classes)
-    report.write_csv(confusion, columns, (dict(zip(columns, row, strict=True)) for row in rows))
-    accuracy = f"{final.accuracy:.2f} %"
-    plots.plot_confusion(confusion, confusion.with_suffix(".png"), f"{title}: test accuracy {accuracy}")
-    print(f"Test accuracy: {accuracy} ({final.correct:,} of {final.total:,} images)")
-    written = (numbered_path(args, stem, len(history)), training.with_suffix(".png"), confusion.with_suffix(".png"))
-    print(f"wrote {', '.join(map(str, written))}")
 
 
 class progress_bar(tqdm):
@@ -324,7 +298,9 @@ class progress_bar(tqdm):
 
 def main(argv: list[str] | None = None) -> int:
     program, words = ("run.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
-    args = parse_args(argv)
+    with runtime.usage_errors():
+        args = parse_args(argv)
+    args.command = runtime.command_line(program, words)
     return runtime.run_main(
         lambda team: train(args, team),
         lambda: runtime.command_line(program, words, *(["--resume"] if args.resume else [])),

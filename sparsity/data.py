@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from sparsity.ranks import ALONE, Ranks, share
 from sparsity.runtime import UserError, generator, one_line, tensor_hash
 from sparsity.synthetic import SYNTHETIC_CLASSES, synthetic_images
 
@@ -114,10 +116,18 @@ def rank_in_class(labels: Tensor) -> Tensor:
 
 def normalise(images: Tensor, mean: Channels, std: Channels, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 images [B, 3, H, W] as (x / 255 - mean) / std, computed in float32, channels_last, in `dtype`."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
     floats = images.to(memory_format=torch.channels_last).float() * scale + shift
     return floats.to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The constants of `normalise` on a device, which are sent there once, as the device is waited for meanwhile."""
+    with torch.inference_mode(False):  # or, made first while evaluating, they could not be used in training
+        scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
+    return scale, shift
 
 
 def augment(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
@@ -140,24 +150,53 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
     ]
 
 
-def training_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Set a square of `side` pixels in each of the normalised `images` [B, C, H, W] to 0, in place: the data's mean.
+
+    `centres` [B, 2] are row and column, each in the image; what of a square sticks out is lost (DeVries and Taylor,
+    arXiv 1708.04552).
+    """
+    inside = []
+    for length, centre in zip(images.shape[-2:], centres.unbind(1), strict=True):
+        first = centre[:, None] - side // 2
+        pixels = torch.arange(length, device=images.device)
+        inside.append((pixels >= first) & (pixels < first + side))  # [B, length]
+    return images.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+
+
+def training_batches(
+    split: Split, batch_size: int, seed: int, epoch: int, cutout: int = 0, team: Ranks = ALONE
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one epoch: normalised, augmented images [B, 3, H, W] (float32, channels_last) and labels [B].
 
-    Order, crops and flips come from (seed, epoch) alone, so that a resumed run draws what an uninterrupted one does.
-    A last batch of a single image joins the one before it: BatchNorm cannot be trained on one value a channel.
+    Order, crops, flips and the squares of `cutout` pixels come from (seed, epoch) alone, so that a resumed run draws
+    what an uninterrupted one does. They are drawn on the CPU, the same for every device, and sent there at once: a
+    batch then waits for nothing. A last batch of a single image joins the one before it: BatchNorm cannot be trained on
+    one value a channel.
+
+    Of several processes each gets its part of the images of every batch (`ranks.share`), but all labels; a last batch
+    of fewer than two images for each joins the one before it.
     """
     total = len(split)
     draw = generator(seed, epoch)
     order = torch.randperm(total, generator=draw)
     offsets = torch.randint(0, 2 * PADDING + 1, (total, 2), generator=draw)
     flips = torch.rand(total, generator=draw) < 0.5
+    drawn = [order, offsets, flips]
+    if cutout:  # drawn last, so that all else is the same with and without
+        sides = split.images.shape[-2:]
+        drawn.append(torch.stack([torch.randint(0, side, (total,), generator=draw) for side in sides], dim=1))
+    order, offsets, flips, *centres = (tensor.to(split.labels.device) for tensor in drawn)
     starts = list(range(0, total, batch_size))
-    if len(starts) > 1 and total - starts[-1] == 1:
+    if len(starts) > 1 and total - starts[-1] < 2 * team.size:
         starts.pop()
     for start, end in zip(starts, [*starts[1:], total], strict=True):
-        batch = split.take(order[start:end])
-        images = augment(batch.images, offsets[start:end], flips[start:end])
-        yield normalise(images, split.mean, split.std), batch.labels
+        begin, stop = (start + place for place in share(end - start, team.rank, team.size))
+        images = augment(split.images[order[begin:stop]], offsets[begin:stop], flips[begin:stop])
+        images = normalise(images, split.mean, split.std)
+        if cutout:
+            cut_out(images, centres[0][begin:stop], cutout)
+        yield images, split.labels[order[start:end]]
 
 
 def _measure(images: Tensor) -> tuple[Channels, Channels]:

@@ -143,7 +143,7 @@ def make_deterministic(wanted: bool) -> None:
     """Let torch take algorithms only that give the same bits each time (or again any); an error where it has none."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA multiplies for the first time
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not wanted  # CUDA tries which convolution is the fastest, as sizes stay the same
     torch.use_deterministic_algorithms(wanted)
 
 

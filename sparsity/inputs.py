@@ -86,11 +86,13 @@ def finetuning_rates(saved: Checkpoint, rate: float | str, epochs: int) -> tuple
     if rate != "rewind":
         return (rate,) * epochs
     first, t_max = saved.settings.get("learning_rate"), saved.settings.get("T_max")
-    if not isinstance(first, float) or not isinstance(t_max, int) or not saved.epoch or t_max < 1 or not first > 0:
+    warmup = saved.settings.get("warmup_epochs", 0)
+    whole = all(isinstance(value, int) for value in (t_max, warmup))
+    if not isinstance(first, float) or not whole or not saved.epoch or t_max < 1 or warmup < 0 or not first > 0:
         raise UserError(
             f"{saved.path} does not tell the learning rates of its training; give --finetune_learning_rate a number"
         )
-    rates = rewound_rates(first, t_max, saved.epoch, epochs)
+    rates = rewound_rates(first, t_max, saved.epoch, epochs, warmup)
     if not any(rates):
         raise UserError(f"{saved.path}: the last learning rates of its training are 0; use more --finetune_epochs")
     return rates

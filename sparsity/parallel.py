@@ -32,6 +32,20 @@ def evaluate_shared(
     return count(predictions, losses, split.labels)
 
 
+def start_group(team: Ranks, device: torch.device) -> None:
+    """Make the process group that training on several processes needs: nccl for GPUs, gloo otherwise."""
+    if team.size == 1:
+        return
+    store, rank, size = next(dist.rendezvous("env://"))  # a connection of its own, because a collective blocks it
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+
+
+def share_size(batch_size: int, team: Ranks) -> int:
+    """How many images of a full batch fall to this process."""
+    begin, end = share(batch_size, team.rank, team.size)
+    return end - begin
+
+
 def replicate(network: nn.Module, team: Ranks) -> nn.Module:
     """`network` for one epoch of training in which all processes average their gradients in each step.
 

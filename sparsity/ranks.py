@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 import torch.distributed as dist
 
 GLANCE = 0.05  # seconds between two looks at the store
@@ -138,6 +137,9 @@ class Ranks:
         return f"rank {numbers} of {self.size} died; what was finished before is kept" if dead else None
 
 
+ALONE = Ranks()  # a run of a single process
+
+
 def launched() -> int:
     """How many processes torchrun started for this run; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
@@ -161,12 +163,6 @@ def start() -> Ranks:
     ranks = Ranks(rank, size, int(environment["LOCAL_RANK"]), int(environment.get("GROUP_RANK", 0)), store)
     ranks.join()
     return ranks
-
-
-def start_group(ranks: Ranks, device: torch.device) -> None:
-    """Make the process group that collectives need: nccl for GPUs, gloo otherwise."""
-    store, rank, size = next(dist.rendezvous("env://"))  # a connection of its own, because a collective blocks it
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
 
 
 def share(total: int, rank: int, size: int, unit: int = 1) -> tuple[int, int]:

@@ -1,28 +1,32 @@
-"""Optimizers, the schedule and one epoch of training."""
+"""Optimizers, the schedule, the moving average of weights, and one epoch of training."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparsity.runtime import UserError
+from sparsity.ranks import ALONE, Ranks, share
+from sparsity.runtime import UserError, one_line
 
 SIMD_BLOCK = 16  # channels, with AVX-512; 8 with AVX2
 
 OPTIMIZERS = {
-    "sgd": lambda parameters, rate, momentum, decay: optim.SGD(
-        parameters, lr=rate, momentum=momentum, weight_decay=decay
+    "sgd": lambda parameters, rate, momentum, decay, **options: optim.SGD(
+        parameters, lr=rate, momentum=momentum, weight_decay=decay, **options
     ),
-    "adam": lambda parameters, rate, momentum, decay: optim.Adam(
-        parameters, lr=rate, betas=(momentum, 0.999), weight_decay=decay
+    "adam": lambda parameters, rate, momentum, decay, **options: optim.Adam(
+        parameters, lr=rate, betas=(momentum, 0.999), weight_decay=decay, **options
     ),
-    "rmsprop": lambda parameters, rate, momentum, decay: optim.RMSprop(
-        parameters, lr=rate, momentum=momentum, weight_decay=decay
+    "rmsprop": lambda parameters, rate, momentum, decay, **options: optim.RMSprop(
+        parameters, lr=rate, momentum=momentum, weight_decay=decay, **options
     ),
 }
+FUSED = ("sgd", "adam")  # one kernel for all parameters
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,108 @@ class EpochResult:
 
 
 def make_optimizer(
-    name: str, model: nn.Module, learning_rate: float, momentum: float, weight_decay: float
+    name: str,
+    model: nn.Module,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    norm_weight_decay: bool = True,
 ) -> optim.Optimizer:
-    """The optimizer `name` of OPTIMIZERS; for adam `momentum` is the first beta."""
-    return OPTIMIZERS[name](model.parameters(), learning_rate, momentum, weight_decay)
+    """The optimizer `name` of OPTIMIZERS, fused on CUDA; for adam `momentum` is the first beta.
+
+    Without `norm_weight_decay` the parameters of BatchNorm and the biases, which is all that has one dimension, are a
+    second group without weight decay (arXiv 1812.01187). `nesterov` is for sgd with momentum; others raise TypeError.
+    """
+    parameters = list(model.parameters())
+    groups: list = parameters
+    if not norm_weight_decay:
+        vectors = [parameter.dim() <= 1 for parameter in parameters]
+        groups = [
+            {"params": [parameter for parameter, vector in zip(parameters, vectors, strict=True) if not vector]},
+            {"params": list(compress(parameters, vectors)), "weight_decay": 0.0},
+        ]
+    options = {"nesterov": True} if nesterov else {}
+    if name in FUSED and all(parameter.is_cuda for parameter in parameters):
+        options["fused"] = True
+    return OPTIMIZERS[name](groups, learning_rate, momentum, weight_decay, **options)
 
 
-def make_schedule(optimizer: optim.Optimizer, t_max: int) -> optim.lr_scheduler.LRScheduler:
-    """Cosine annealing, to be stepped once an epoch: down in `t_max` epochs, up in the next (arXiv 1608.03983)."""
-    return optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=t_max)
+def make_schedule(optimizer: optim.Optimizer, t_max: int, warmup_epochs: int = 0) -> optim.lr_scheduler.LRScheduler:
+    """Cosine annealing, to be stepped once an epoch: down in `t_max` epochs, up in the next (arXiv 1608.03983).
+
+    It follows `warmup_epochs` in which the rate rises linearly (arXiv 1706.02677): these train at 1, 2, ... of
+    warmup_epochs + 1 parts of the full rate, which the cosine starts from.
+    """
+    if not warmup_epochs:
+        return optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=t_max)
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup_epochs:
+            return (epoch + 1) / (warmup_epochs + 1)
+        return (1 + math.cos(math.pi * (epoch - warmup_epochs) / t_max)) / 2
+
+    return optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class MovingAverage(AveragedModel):
+    """The exponential moving average of a network's weights and BatchNorm statistics; `module` is the averaged network.
+
+    The decay starts at (1 + t) / (10 + t) after t steps, until that exceeds `decay`, so that the first weights are soon
+    forgotten. `update_parameters`, called after each step, moves `module` in place towards the model. AveragedModel's
+    own sends its count to the device at each step and waits for that; here the count stays on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        steps = int(self.n_averaged)
+        move = get_ema_multi_avg_fn(min(self.decay, (1 + steps) / (10 + steps)))
+        averages, values = ([*network.parameters(), *network.buffers()] for network in (self.module, model))
+        floating = [value.is_floating_point() for value in values]
+        move(list(compress(averages, floating)), list(compress(values, floating)), steps)
+        counts = [not floats for floats in floating]  # of batches, by BatchNorm: they have no mean
+        if any(counts):
+            torch._foreach_copy_(list(compress(averages, counts)), list(compress(values, counts)))
+        self.n_averaged += 1
+
+
+def resolve_compile(name: str, device: torch.device) -> str:
+    """'on' or 'off'; 'auto' is on for CUDA, and off elsewhere: on a CPU compiling was measured not to pay."""
+    return name if name != "auto" else ("on" if device.type == "cuda" else "off")
+
+
+class CompiledStep(nn.Module):
+    """Runs `model` in training, compiled for batches of `batch_size`; another size runs by `model` as it is.
+
+    On CUDA with CUDA graphs. The first call compiles, and raises UserError where there is no compiler.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int):
+        super().__init__()
+        self.model, self.batch_size = model, batch_size
+        self.on_cuda = next(model.parameters()).is_cuda
+        self.fast = torch.compile(model, mode="reduce-overhead" if self.on_cuda else None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of images [B, C, H, W]: [B, classes]."""
+        if len(images) != self.batch_size:
+            return self.model(images)
+        if self.on_cuda:
+            torch.compiler.cudagraph_mark_step_begin()  # what the step before left in its graph may be overwritten
+        try:
+            return self.fast(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = one_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0][:160]
+            raise UserError(f"the network cannot be compiled here ({reason}); use --compile off") from error
+
+
+def step_function(model: nn.Module, compiled: bool, batch_size: int) -> nn.Module:
+    """What computes the logits of a batch in training: `model` itself, or a CompiledStep with the same weights."""
+    return CompiledStep(model, batch_size) if compiled else model
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:
@@ -71,61 +168,50 @@ def train_one_epoch(
     epoch: int,
     on_batch: Callable[[int, float], None] = lambda images, loss: None,
     after_step: Callable[[], None] = lambda: None,
+    label_smoothing: float = 0.0,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    team: Ranks = ALONE,
 ) -> EpochResult:
     """Train `model` in place on every batch (images [B, C, H, W], labels [B]) with cross-entropy.
 
     Images are brought to the model's `memory_format`, which its weights should be in already.
     `dtype` other than float32 computes under autocast, with float32 weights. Accuracy is counted on the predictions
-    that training makes anyway. `on_batch` is told images and loss, `after_step` is called after each step. A loss that
+    that training makes anyway. `on_batch` is told images and loss, `after_step` is called after each step. The loss,
+    also that reported, is against labels of which the share `label_smoothing` is spread over all classes (arXiv
+    1512.00567). `forward` computes the logits where it is not `model` itself, as `step_function` gives it. A loss that
     is not finite raises UserError; on a CPU at the step where it happens, elsewhere within 20 steps, so that the device
     is not waited for at each step.
+
+    Of several processes each gets its part of the images of a batch, in `training_batches`, and all labels; `forward`
+    is then what averages gradients over the processes, as `replicate` gives it. Each weighs its part by its images, so
+    that the gradient is that of the whole batch.
     """
     model.train()
+    forward = forward or model
     layout = memory_format(model)
     losses, hits = [], []  # of the steps since the device was asked last
-    loss_sum, correct, total = 0.0, 0, 0
+    loss_sum, correct, seen, total = 0.0, 0, 0, 0
     for step, (images, labels) in enumerate(batches, start=1):
+        optimizer.zero_grad(set_to_none=True)  # before the forward, whose CUDA graph may take the gradients' memory
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images.contiguous(memory_format=layout))
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+            logits = forward(images.contiguous(memory_format=layout))
+        begin, end = share(len(labels), team.rank, team.size)
+        mine = labels[begin:end]
+        loss = F.cross_entropy(logits.float(), mine, label_smoothing=label_smoothing)
+        (loss * (len(mine) * team.size / len(labels)) if team.size > 1 else loss).backward()
         optimizer.step()
         after_step()
-        losses.append(loss.detach() * len(labels))
-        hits.append((logits.detach().argmax(dim=1) == labels).sum())
-        total += len(labels)
+        losses.append(loss.detach() * len(mine))
+        hits.append((logits.detach().argmax(dim=1) == mine).sum())
+        seen, total = seen + len(mine), total + len(labels)
         if step % (1 if images.device.type == "cpu" else 20) == 0:
             loss_sum, correct = loss_sum + _total(losses), correct + int(_total(hits))
             _require_finite(loss_sum, epoch, step, optimizer)
-            on_batch(total, loss_sum / total)
+            on_batch(total, loss_sum / seen)
     loss_sum, correct = loss_sum + _total(losses), correct + int(_total(hits))
     _require_finite(loss_sum, epoch, step, optimizer)
+    loss_sum, correct = map(sum, zip(*team.gather((loss_sum, correct)), strict=True))
     return EpochResult(loss_sum / total, correct, total)
-
-
-def require_progress(
-    optimizer: optim.Optimizer, schedule: optim.lr_scheduler.LRScheduler, saved: dict, epochs: list[int], epoch: int
-) -> None:
-    """ValueError unless a loaded optimizer, schedule and history all stand after `epoch`.
-
-    `saved` is the state that `schedule` was loaded from, `epochs` the epochs in the history.
-    """
-    if epochs != list(range(1, epoch + 1)):
-        raise ValueError(f"the history is not that of {epoch} epochs")
-    # A schedule made anew, because loading may have added to this one whatever the file held.
-    fresh = make_schedule(make_optimizer("sgd", nn.Linear(1, 1), 0.1, 0.9, 0.0), schedule.T_max)
-    if saved.keys() != fresh.state_dict().keys() or schedule.last_epoch != epoch:
-        raise ValueError("the schedule stands elsewhere")
-    group = optimizer.param_groups[0]
-    if not math.isclose(float(group["lr"]), schedule.get_last_lr()[0], rel_tol=1e-9, abs_tol=1e-30):
-        raise ValueError("learning rate and schedule disagree")
-    buffers = group["momentum"] > 0 if isinstance(optimizer, optim.SGD) else True
-    for parameter in group["params"]:
-        tensors = [value for value in optimizer.state.get(parameter, {}).values() if torch.is_tensor(value)]
-        wide = [tensor for tensor in tensors if tensor.dim()]  # apart from counts of steps
-        if (buffers and not wide) or any(tensor.shape != parameter.shape for tensor in wide):
-            raise ValueError("the optimizer lacks its buffers")
 
 
 def _total(values: list[Tensor]) -> float:

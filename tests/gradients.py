@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import Build_Resnet
 from sparsity import ranks
 from sparsity.data import Split, training_batches
-from sparsity.parallel import replicate
-from sparsity.ranks import Ranks
+from sparsity.parallel import replicate, start_group
+from sparsity.ranks import ALONE, Ranks
 from sparsity.training import train_one_epoch
 
 ARCH = {"arch": "resnet18", "num_classes": 10, "width": 4}
@@ -54,7 +54,7 @@ def gradients(model: nn.Module, split: Split, batch: int, dtype: torch.dtype, te
     model = copy.deepcopy(model).to(dtype)
     network = replicate(model, team)
     few = split.take(torch.arange(batch))
-    batches = training_batches(few, batch, 0, 1, part=(team.rank, team.size))
+    batches = training_batches(few, batch, 0, 1, team=team)
     train_one_epoch(
         model, ((images.to(dtype), labels) for images, labels in batches), Stepless(model.parameters()),
         torch.float32, 1, forward=network, team=team,
@@ -65,7 +65,7 @@ def gradients(model: nn.Module, split: Split, batch: int, dtype: torch.dtype, te
 def main() -> None:
     torch.set_num_threads(1)
     team = ranks.start()
-    ranks.start_group(team, torch.device("cpu"))
+    start_group(team, torch.device("cpu"))
     torch.manual_seed(0)
     images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
     split = Split(images, torch.arange(24) % 10, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -73,7 +73,7 @@ def main() -> None:
     found = {}
     for batch in (24, 23):
         for dtype in (torch.float64, torch.float32):
-            alone = gradients(model, split, batch, dtype, Ranks())
+            alone = gradients(model, split, batch, dtype, ALONE)
             together = gradients(model, split, batch, dtype, team)
             found[f"{batch} {dtype}"] = float((together - alone).norm() / alone.norm())
     if team.first:

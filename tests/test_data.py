@@ -12,7 +12,16 @@ from torchvision import datasets
 from torchvision.transforms import functional as torchvision_functional
 
 from sparsity import data
-from sparsity.data import Source, Split, augment, class_balanced_order, load_split, normalise, training_batches
+from sparsity.data import (
+    Source,
+    Split,
+    augment,
+    class_balanced_order,
+    cut_out,
+    load_split,
+    normalise,
+    training_batches,
+)
 from sparsity.runtime import UserError
 
 
@@ -40,6 +49,19 @@ def test_normalisation_equals_torchvision():
     expected = torchvision_functional.normalize(images.float() / 255, mean, std)
     torch.testing.assert_close(normalise(images, mean, std), expected, rtol=0, atol=2e-6)
     assert normalise(images, mean, std, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_constants_first_used_while_evaluating_serve_training_too():
+    images, mean, std = random_images(2), (0.11, 0.12, 0.13), (0.21, 0.22, 0.23)  # used nowhere else
+    with torch.inference_mode():
+        evaluated = normalise(images, mean, std)
+    trained = normalise(images, mean, std)
+    assert torch.equal(evaluated, trained)
+    trained.requires_grad_().square().sum().backward()
+    floats = images.float().requires_grad_()
+    normalise(floats, mean, std).sum().backward()
+    expected = (1 / (255 * torch.tensor(std))).view(1, 3, 1, 1).expand_as(floats)
+    torch.testing.assert_close(floats.grad, expected, rtol=1e-5, atol=0)
 
 
 def test_padding_is_black_before_normalisation():
@@ -74,6 +96,35 @@ def test_batches_depend_on_seed_and_epoch_alone():
 @pytest.mark.parametrize(("count", "sizes"), [(20, [8, 8, 4]), (17, [8, 9]), (8, [8]), (1, [1])])
 def test_a_last_batch_of_one_image_joins_the_one_before(count, sizes):
     assert [len(labels) for _, labels in training_batches(split_of(count), 8, 0, 1)] == sizes
+
+
+@pytest.mark.parametrize("side", [0, 1, 2, 3, 12, 23, 24])
+def test_cutout_equals_a_plain_loop(side):
+    draw = torch.Generator().manual_seed(side)
+    images = torch.rand((40, 3, 12, 12), generator=draw) + 1
+    centres = torch.randint(0, 12, (40, 2), generator=draw)
+    expected = images.clone()
+    for image, (row, column) in zip(expected, centres.tolist(), strict=True):
+        top, left = row - side // 2, column - side // 2
+        image[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = 0
+    found = cut_out(images.clone(), centres, side)
+    assert torch.equal(found, expected)
+    if side in (0, 24):  # nothing is cut out, or all, wherever the centre is
+        assert torch.equal(found, images * (side == 0))
+
+
+def test_cutout_changes_nothing_but_its_squares():
+    plain, again, cut = (list(training_batches(split_of(53), 10, 3, 2, side)) for side in (0, 0, 4))
+    areas = []
+    for (images, labels), (same, _), (holes, cut_labels) in zip(plain, again, cut, strict=True):
+        assert torch.equal(images, same)
+        assert torch.equal(labels, cut_labels)
+        holed = (holes == 0).all(dim=1)
+        assert torch.equal(holes, images.masked_fill(holed[:, None], 0))
+        areas += holed.sum(dim=(1, 2)).tolist()
+    assert min(areas) >= 4  # the centre is in the image
+    assert max(areas) == 16
+    assert len(set(areas)) > 2  # some squares stick out
 
 
 def test_the_fixed_order_is_balanced_in_every_prefix():

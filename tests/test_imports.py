@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Each module imports only from the layers below its own.
 LAYERS = [
     {"run", "pruning"},
-    {"settings"},
+    {"settings", "record"},
     {"inputs", "forecast", "plots"},
     {"savings", "extras"},
     {"controls"},
@@ -19,8 +19,8 @@ LAYERS = [
     {"panel", "pruner", "export", "chain", "summary", "heatmaps"},
     {"bench", "measure"},
     {"recovery", "parallel"},
-    {"criteria", "reconstruction", "batchnorm", "finetune", "thinning", "engine"},
-    {"training", "evaluation", "checkpoint", "calibration", "allocation", "collector"},
+    {"criteria", "reconstruction", "batchnorm", "finetune", "thinning", "engine", "resume"},
+    {"training", "evaluation", "checkpoint", "calibration", "allocation", "collector", "recipe"},
     {"report", "data", "masks", "flags", "storage", "planes"},
     {"rows", "figures", "layout"},
     {"statistics", "synthetic", "header", "archive"},

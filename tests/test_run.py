@@ -10,6 +10,7 @@ from conftest import train_arguments
 
 import run
 from sparsity import checkpoint
+from sparsity.data import Source, class_balanced_order, load_split
 
 
 def states(path):
@@ -45,6 +46,7 @@ def test_a_run_leaves_what_it_promises(trained):
         "colours_resnet18_ckpt_epoch3.pth",
         "colours_resnet18_last.pth",
         "colours_resnet18_training.csv",
+        "colours_resnet18_training.json",
         "colours_resnet18_training.png",
         "colours_resnet18_confusion.csv",
         "colours_resnet18_confusion.png",
@@ -64,6 +66,21 @@ def test_a_checkpoint_tells_what_it_is(tiny_checkpoint, image_folder):
     assert saved.settings["threads"] == 1
     assert saved.content["versions"]["torch"] == torch.__version__
     json.dumps({key: value for key, value in saved.content.items() if key != "net"})
+
+
+def test_a_record_tells_what_the_result_was_made_of(trained, tiny_checkpoint, image_folder):
+    record = json.loads((trained / "images" / "colours_resnet18_training.json").read_text())
+    saved = checkpoint.load(tiny_checkpoint)
+    assert record["command"].startswith("python run.py --dataset folder --data_dir ")
+    assert record["command"].endswith("--epochs 3 --save_every 2")
+    assert (record["seed"], record["settings"]) == (0, saved.settings)
+    assert record["checkpoint"] == {"file": tiny_checkpoint.name, "sha256": saved.sha256}
+    test, _ = load_split(Source("folder", image_folder, 8), train=False)
+    test_sha256 = test.take(class_balanced_order(test.labels)).hash()
+    assert record["images"] == {"training_sha256": saved.data["training_sha256"], "test_sha256": test_sha256}
+    assert record["test_accuracy"] == saved.content["metrics"]["test_accuracy"]
+    assert record["versions"] == saved.content["versions"]
+    assert record["machine"]["threads"] == 1
 
 
 def test_each_epoch_prints_its_line_and_a_log_holds_no_progress_bar(image_folder, tmp_path, capfd):
@@ -115,6 +132,15 @@ def test_resuming_a_finished_run_draws_its_pictures_again(image_folder, tmp_path
     picture.unlink()
     assert train(image_folder, tmp_path, "--resume", "--epochs", "1") == 0
     assert picture.read_bytes() == before
+
+
+def test_a_run_that_is_resumed_where_it_shall_end_leaves_its_network(image_folder, tmp_path):
+    assert train(image_folder, tmp_path, "--epochs", "2") == 0
+    network = tmp_path / "checkpoints" / "colours_resnet18_ckpt_epoch2.pth"
+    whole = states(network)
+    network.unlink()  # as when a longer run was interrupted after its second epoch
+    assert train(image_folder, tmp_path, "--resume", "--epochs", "2") == 0
+    assert_same(whole, states(network))
 
 
 def test_a_contradicting_flag_is_named_and_nothing_is_touched(image_folder, tmp_path, capsys):
@@ -219,5 +245,5 @@ def test_synthetic_images_are_named_so_in_every_file(tmp_path):
     flags = ["--arch", "resnet18", "--width", "1", "--image_size", "4", "--epochs", "1"]
     places = ["--checkpoint_dir", str(tmp_path), "--images_dir", str(tmp_path)]
     assert run.main(["--dataset", "synthetic", *flags, *places]) == 0
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 7
     assert all(path.name.startswith("synthetic_resnet18_") for path in tmp_path.iterdir())

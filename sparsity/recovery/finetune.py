@@ -24,14 +24,16 @@ class Finetuning:
     dtype: torch.dtype
 
 
-def rewound_rates(learning_rate: float, t_max: int, trained: int, epochs: int) -> tuple[float, ...]:
+def rewound_rates(
+    learning_rate: float, t_max: int, trained: int, epochs: int, warmup_epochs: int = 0
+) -> tuple[float, ...]:
     """The learning rates of the last `epochs` of a training of `trained` epochs (Renda et al., arXiv 2003.02389).
 
-    The training's schedule is the cosine of `make_schedule`. With more epochs than it had, it is repeated from its
+    The training's schedule is that of `make_schedule`. With more epochs than it had, it is repeated from its
     first.
     """
     optimizer = make_optimizer("sgd", nn.Linear(1, 1), learning_rate, 0.0, 0.0)
-    schedule = make_schedule(optimizer, t_max)
+    schedule = make_schedule(optimizer, t_max, warmup_epochs)
     rates = []
     for _ in range(trained):
         rates.append(optimizer.param_groups[0]["lr"])
