@@ -74,7 +74,8 @@ def continue_settings(args: argparse.Namespace, state: checkpoint.Checkpoint, pa
     given = {name for name in args.explicit if getattr(args, name) != "auto"}
     clashing = [name for name in EXPERIMENT if name in given and getattr(args, name) != saved[name]]
     if clashing:
-        clashes = ", ".join(f"{_flag(name, getattr(args, name))} (saved: {saved[name]})" for name in clashing)
+        words = {name: _flag(name, getattr(args, name)).replace("=", " ") for name in clashing}
+        clashes = ", ".join(f"{words[name]} (saved: {saved[name]})" for name in clashing)
         raise UserError(f"{state.path} was trained with other settings: {clashes}; leave them or --resume out")
     for name in MACHINE:
         if name in given and getattr(args, name) != saved[name]:
