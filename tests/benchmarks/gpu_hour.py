@@ -105,8 +105,10 @@ def unpack_images(args: argparse.Namespace) -> None:
     if not args.archive:
         raise UserError(f"{args.data_dir} holds no images; name them with --data_dir, or an --archive of them")
     try:
+        half = args.data_dir.with_suffix(".part")  # so that what is there is complete
         with tarfile.open(args.archive) as archive:
-            archive.extractall(args.data_dir, filter="data")
+            archive.extractall(half, filter="data")
+        half.rename(args.data_dir)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"--archive {args.archive} cannot be unpacked ({runtime.one_line(error)})") from error
 
@@ -118,9 +120,7 @@ def call(hour: Hour, name: str, words: list[object]) -> str | None:
     """
     log, command = hour.path("logs", f"{name}.log"), [str(word) for word in words]
     before = hour.commands.get(name, {"status": "", "command": []})
-    same = [word for word in before["command"] if word != "--resume"] == [
-        word for word in command if word != "--resume"
-    ]
+    same = set(before["command"]) ^ set(command) <= {"--resume"}
     if before["status"] == "done" and same and not hour.args.again:
         return log.read_text()
     if hour.deadline - time.monotonic() < SHORTEST:
