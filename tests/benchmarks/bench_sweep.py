@@ -29,9 +29,11 @@ from timing import (
     add_network_flags,
     attainable,
     build,
+    float32_products,
     forward_flops,
     print_rates,
     seconds,
+    set_up,
     take_turns,
     usual_kind,
     write_figures,
@@ -42,7 +44,6 @@ from sparsity import checkpoint, runtime
 from sparsity.data import CIFAR10_STATISTICS, Split, normalise
 from sparsity.engine import run_by
 from sparsity.evaluation import compiled, default_batch_size, evaluate, inference_copy, refresh
-from sparsity.flags import apply_threads
 from sparsity.masks import census, positions_per_image, prunable_layers, prune_l1_uniform, zeros_by_layer
 from sparsity.pruner import Pruner
 
@@ -63,9 +64,10 @@ def parse_args() -> argparse.Namespace:
 def reference_predictions(model: nn.Module, test: Split) -> torch.Tensor:
     """The reference's evaluation loop: the masked network as it is, float32, NCHW."""
     predicted = []
-    for start in range(0, len(test), BATCH):
-        images = normalise(test.images[start : start + BATCH], test.mean, test.std).contiguous()
-        predicted.append(model(images).argmax(dim=1))
+    with float32_products(tf32=True):  # torch's default for convolutions
+        for start in range(0, len(test), BATCH):
+            images = normalise(test.images[start : start + BATCH], test.mean, test.std).contiguous()
+            predicted.append(model(images).argmax(dim=1))
     return torch.cat(predicted).cpu()
 
 
@@ -150,9 +152,7 @@ def print_levels(levels: dict[str, Any], images: int) -> None:
 
 def main() -> None:
     args = parse_args()
-    device = runtime.resolve_device(args.device)
-    threads = apply_threads(args.threads)
-    torch.manual_seed(0)
+    device, threads = set_up(args)
     if args.checkpoint:
         saved = checkpoint.load(args.checkpoint)
         dense = checkpoint.restore(saved, Build_Resnet.build, Build_Resnet.spec_of)

@@ -33,6 +33,7 @@ from timing import (
     forward_flops,
     print_rates,
     seconds,
+    set_up,
     take_turns,
     usual_kind,
     write_figures,
@@ -40,7 +41,6 @@ from timing import (
 
 from sparsity import runtime
 from sparsity.data import CIFAR10_STATISTICS, Split, normalise, training_batches
-from sparsity.flags import apply_threads
 from sparsity.training import make_optimizer, memory_format, train_one_epoch
 
 REFERENCE_BATCH = 60
@@ -62,11 +62,12 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def usual_epoch(model: nn.Module, images: Tensor, labels: Tensor, optimizer, batch_size: int) -> None:
     """One pass of the loop that everybody writes first."""
     model.train()
-    for inputs, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), targets)
-        loss.backward()
-        optimizer.step()
+    with float32_products(tf32=True):  # torch's default for convolutions
+        for inputs, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
 
 
 class PilImages(Dataset):
@@ -140,9 +141,7 @@ def make_contestants(
 
 def main() -> None:
     args = parse_args()
-    device = runtime.resolve_device(args.device)
-    threads = apply_threads(args.threads)
-    torch.manual_seed(0)
+    device, threads = set_up(args)
     images = torch.randint(0, 256, (args.images, 3, args.image_size, args.image_size), dtype=torch.uint8)
     split = Split(images, torch.arange(args.images) % 10, *CIFAR10_STATISTICS)
     contestants, kinds = make_contestants(args, split, device)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import Build_Resnet
 from sparsity import runtime
+from sparsity.flags import apply_threads
 
 # Operations a second of dense products that convolutions come near to, where a datasheet's figure is out of reach.
 ATTAINABLE = {("H100 80GB HBM3", "bf16"): 790e12, ("H200", "bf16"): 790e12}
@@ -48,6 +49,13 @@ def add_network_flags(parser: argparse.ArgumentParser, images: int) -> None:
     parser.add_argument("--image_size", type=int, default=32, help="side in pixels (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="ours through torch.compile too")
     parser.add_argument("--json", type=Path, help="where the figures go as well")
+
+
+def set_up(args: argparse.Namespace) -> tuple[torch.device, int]:
+    """Device and number of threads as the flags ask for; seeds, and has float32 mean float32 as our scripts do."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    return runtime.resolve_device(args.device), apply_threads(args.threads)
 
 
 def build(args: argparse.Namespace) -> nn.Module:
