@@ -162,14 +162,14 @@ def stop(process: subprocess.Popen) -> int:
 
 def train(hour: Hour, name: str, *words: object, epochs: int | None) -> Path | None:
     """Train, or go on training, into a folder of its own; the last numbered checkpoint if it is finished."""
-    folder = hour.path(name)
+    folder, log = hour.path(name), hour.path("logs", f"{name}.log")
     data = ["--dataset", "folder", "--data_dir", hour.args.data_dir]
     if hour.args.small:
         data = ["--dataset", "synthetic", "--image_size", 8, "--arch", "resnet18", "--width", 4]
         data += ["--batch_size", 500, "--device", "cpu"]
     length = ["--epochs", epochs, "--save_every", epochs] if epochs else []
     resume = ["--resume"] if list(folder.glob("*_last.pth")) else []
-    places, log = ["--checkpoint_dir", folder, "--images_dir", folder], hour.path("logs", f"{name}.log")
+    places = ["--checkpoint_dir", folder, "--images_dir", folder]
     done = call(hour, name, ["run.py", *data, *length, *words, *places, *resume]) is not None
     epoch_lines = EPOCH_LINE.findall(log.read_text()) if log.exists() else []
     if epoch_lines:
@@ -191,7 +191,8 @@ def sweep(hour: Hour, name: str, checkpoints: list[Path], *words: object) -> lis
         data += ["--calibration_images", 64] * ("--compare" in words)
     places = ["--images_dir", hour.args.out, "--name", name]
     done = call(hour, name, ["pruning.py", "--checkpoint", *checkpoints, *data, *words, *places])
-    table, about = (hour.path(f"{name}_pruning{ending}") for ending in (".csv", ".json"))
+    stem = "synthetic_" * hour.args.small + f"{name}_pruning"  # pruning.py puts the first word there itself
+    table, about = hour.path(f"{stem}.csv"), hour.path(f"{stem}.json")
     if not table.exists() or not about.exists():
         return []
     with table.open(newline="") as file:
@@ -213,7 +214,8 @@ def benchmark(hour: Hour, name: str, *words: object) -> None:
     file = hour.path(f"{name}.json")
     small = ["--arch", "resnet18", "--width", 8, "--image_size", 8, "--repeats", 1] if hour.args.small else []
     if call(hour, name, [*words, *small, "--json", file]) is not None:
-        hour.figures[name] = json.loads(file.read_text())
+        found = json.loads(file.read_text())
+        hour.figures[name] = {key: value for key, value in found.items() if key not in ("versions", "machine")}
 
 
 def reference(hour: Hour) -> list[Path]:
@@ -277,10 +279,9 @@ def pack(hour: Hour, path: Path) -> None:
     checkpoint.save_packed(packed, saved.content | {"net": saved.net}, "bf16")
     data = lzma.compress(packed.read_bytes())
     packed.unlink()
-    parts = [data[start : start + PART] for start in range(0, len(data), PART)]
-    for number, part in enumerate(parts):
-        runtime.write_atomic(home / f"{packed.name}.xz.{number:02}", part)
-    hour.figures["packed"] = {"bytes": len(data), "parts": len(parts), "of": str(path), "of_sha256": saved.sha256}
+    for number, start in enumerate(range(0, len(data), PART)):
+        runtime.write_atomic(home / f"{packed.name}.xz.{number:02}", data[start : start + PART])
+    hour.figures["packed"] = {"bytes": len(data), "parts": number + 1, "of": str(path), "of_sha256": saved.sha256}
 
 
 def sweeps(hour: Hour) -> None:
@@ -306,8 +307,7 @@ def recovery(hour: Hour) -> None:
     """Stage 6."""
     better = sorted(hour.path("strong").glob("*_ckpt_epoch*.pth"), key=lambda path: path.stat().st_mtime)
     done = hour.commands.get("strong", {}).get("status") == "done"
-    found = better[-1:] if done and better else reference(hour)[:1]
-    if not found:
+    if not (found := better[-1:] if done and better else reference(hour)[:1]):
         hour.open.append("stage 6 (needs a finished checkpoint of stage 3 or 5)")
         return
     small, stem = hour.args.small, found[0].parent.name
