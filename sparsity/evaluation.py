@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from sparsity.data import Split, normalise
 from sparsity.masks import Layer, effective_weight
+from sparsity.runtime import UserError, one_line
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -108,8 +109,8 @@ def evaluate(
     """Run `network` over every image of `split` in order; correct answers and losses are counted, then divided once.
 
     `network` maps normalised images [B, C, H, W], in the type of its weights, to logits [B, classes], and is in eval
-    mode already. `on_batch` is told the number of images after each batch. The mean loss is that of cross-entropy,
-    summed in float64.
+    mode already. A GPU is waited for once, at the end. `on_batch` is told the number of images after each batch. The
+    mean loss is that of cross-entropy, summed in float64.
     """
     return count(*answer(network, split, batch_size, on_batch), split.labels)
 
@@ -134,6 +135,50 @@ def count(predictions: Tensor, losses: Tensor, labels: Tensor) -> Evaluation:
     """The result of what `answer` gave for all images of these `labels` [N]."""
     correct = int((predictions == labels.cpu()).sum())
     return Evaluation(predictions, correct, len(labels), float(losses.sum()) / len(labels))
+
+
+class CompiledNetwork(nn.Module):
+    """An inference copy that runs full batches by `torch.compile`; images [B, C, H, W] to logits. Made by `compiled`.
+
+    The weights are those of `inference` itself, so `refresh` of it is all that another network takes. Batches of any
+    other size run by `inference` as it is, so that nothing is compiled twice.
+    """
+
+    def __init__(self, inference: fx.GraphModule, batch_size: int):
+        super().__init__()
+        self.inference, self.batch_size = inference, batch_size
+        # On a GPU this mode records CUDA graphs: one launch a batch. They keep the addresses of the weights, not
+        # their values.
+        self.fast = torch.compile(inference, mode="reduce-overhead", dynamic=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes], in memory of their own."""
+        if len(images) != self.batch_size:
+            return self.inference(images)
+        if images.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        return self.fast(images).clone()  # the next replay of a CUDA graph overwrites its outputs
+
+
+def compiled(inference: fx.GraphModule, split: Split, batch_size: int) -> CompiledNetwork:
+    """A compiled network of the weights of `inference`, for `evaluate` with batches of `batch_size` of `split`.
+
+    Compiling takes place here, on the first images, in up to a minute or two; made once, it serves a whole sweep.
+    Raises UserError where torch cannot compile (no C++ compiler on a CPU, no Triton on a GPU).
+    """
+    size = min(batch_size, len(split))
+    network = CompiledNetwork(inference, size).eval()
+    first = split.take(torch.arange(size))
+    try:
+        for _ in range(3):  # compiles; warms up; records a CUDA graph
+            evaluate(network, first, size)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # the parent of all that torch raises while it compiles
+        raise UserError(
+            f"torch.compile does not work here ({one_line(error)[:160]}); leave the network as it is"
+        ) from error
+    return network
 
 
 def _following_batch_norm(node: fx.Node, layers: dict[fx.Node, nn.Module], calls: list[str]) -> fx.Node | None:

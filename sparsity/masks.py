@@ -1,6 +1,6 @@
 """Which weights may be pruned, masks on them through `torch.nn.utils.prune`, and what a masked network really holds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +78,8 @@ def exclude(layers: dict[str, Layer], patterns: list[str]) -> dict[str, Layer]:
 def prune_l1_uniform(layers: dict[str, Layer], amount: float) -> None:
     """Mask, in place, the share `amount` (0.0 to 1.0) of smallest magnitude in the weight of each layer.
 
-    Exactly `round(amount * n)` of a layer's n weights are masked. The layers must not carry a mask already: masks of
+    Exactly `round(amount * n)` of a layer's n weights are masked; of equal magnitudes at the threshold, torch's `topk`
+    decides which. The layers must not carry a mask already: masks of
     `torch.nn.utils.prune` compound, so that a second call would not give the level that was asked for (ValueError).
     """
     amount = float(amount)  # an int would be read as a count of weights
@@ -139,9 +140,14 @@ def unmasked_state(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def zeros_by_layer(layers: dict[str, Layer]) -> dict[str, int]:
     """Name -> zeros in the effective weight of each layer, masked or not."""
-    return {
-        name: layer.weight.numel() - int(torch.count_nonzero(effective_weight(layer))) for name, layer in layers.items()
-    }
+    kept = _count_nonzero(effective_weight(layer) for layer in layers.values())
+    return {name: layer.weight.numel() - count for (name, layer), count in zip(layers.items(), kept, strict=True)}
+
+
+def _count_nonzero(tensors: Iterable[Tensor]) -> list[int]:
+    """How many values of each tensor are not zero; a GPU is waited for once, not once a tensor."""
+    counts = [torch.count_nonzero(tensor) for tensor in tensors]
+    return torch.stack(counts).tolist() if counts else []
 
 
 @dataclass(frozen=True)
@@ -191,16 +197,19 @@ def census(model: nn.Module, layers: dict[str, Layer], positions: dict[str, int]
     `layers` as from `prunable_layers`, `positions` as from `positions_per_image` (of the dense network).
     """
     parameters = nonzero = macs = macs_remaining = prunable = zeros = 0
-    for module_name, module in model.named_modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            is_weight = name in ("weight", "weight_orig")
-            kept = int(torch.count_nonzero(effective_weight(module) if is_weight else tensor))
-            parameters += tensor.numel()
-            nonzero += kept
-            if is_weight and module_name in positions:
-                macs += positions[module_name] * tensor.numel()
-                macs_remaining += positions[module_name] * kept
-            if is_weight and module_name in layers:
-                prunable += tensor.numel()
-                zeros += tensor.numel() - kept
+    owned = [
+        (module_name, module, tensor, name in ("weight", "weight_orig"))
+        for module_name, module in model.named_modules()
+        for name, tensor in module.named_parameters(recurse=False)
+    ]
+    counts = _count_nonzero(effective_weight(module) if is_weight else tensor for _, module, tensor, is_weight in owned)
+    for (module_name, _, tensor, is_weight), kept in zip(owned, counts, strict=True):
+        parameters += tensor.numel()
+        nonzero += kept
+        if is_weight and module_name in positions:
+            macs += positions[module_name] * tensor.numel()
+            macs_remaining += positions[module_name] * kept
+        if is_weight and module_name in layers:
+            prunable += tensor.numel()
+            zeros += tensor.numel() - kept
     return Census(prunable, zeros, parameters, nonzero, macs, macs_remaining)

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sparsity.allocation import Allocator, prepare, rank
+from sparsity.allocation import Allocator, Ranking, prepare, rank
 from sparsity.calibration import Calibration
 from sparsity.criteria import FILTER_CRITERIA, SQUARED, Evidence, score
 from sparsity.header import Curve
@@ -27,6 +27,7 @@ class Pruner:
         self.network, self.layers = network, layers
         self.calibration, self.seed, self.nested = calibration, seed, nested
         self._scores: dict[str, tuple[dict[str, Tensor], list[str]]] = {}
+        self._rankings: dict[tuple[str, ...], Ranking] = {}
         self._allocators: dict[tuple[str, ...], Allocator] = {}
 
     def prune(self, curve: Curve, level: float) -> tuple[nn.Module, list[str]]:
@@ -41,7 +42,7 @@ class Pruner:
         if allocation.startswith(ONE_LAYER):
             names, allocation = [allocation.removeprefix(ONE_LAYER)], "uniform"
         layers = {name: model.get_submodule(name) for name in names}
-        if (criterion, allocation) == ("l1", "uniform"):
+        if (criterion, allocation) == ("l1", "uniform") and selects_by_call(layers):
             prune_l1_uniform(layers, level / 100)
             return model, []
         masks, swapped = self._allocator(criterion, allocation, names).masks(level / 100)
@@ -71,12 +72,20 @@ class Pruner:
     def _allocator(self, criterion: str, allocation: str, names: list[str]) -> Allocator:
         key = (criterion, allocation, *names)
         if key not in self._allocators:
-            if criterion not in self._scores:
-                self._scores = {criterion: self._score(criterion)}  # the last criterion's are not needed any more
-            scores, _ = self._scores[criterion]
-            ranking = rank({name: scores[name] for name in names}, squared=criterion in SQUARED)
-            self._allocators = {key: prepare(allocation, ranking)}
+            self._allocators = {}  # freed before its successor is made: what lamp keeps is twice the scores
+            self._allocators = {key: prepare(allocation, self._ranking(criterion, names))}
         return self._allocators[key]
+
+    def _ranking(self, criterion: str, names: list[str]) -> Ranking:
+        """The sorted scores, which all allocations of a criterion share."""
+        key = (criterion, *names)
+        if key not in self._rankings:
+            self._rankings = {}  # those of the last criterion are not needed any more
+            if criterion not in self._scores:
+                self._scores = {criterion: self._score(criterion)}
+            scores, _ = self._scores[criterion]
+            self._rankings = {key: rank({name: scores[name] for name in names}, squared=criterion in SQUARED)}
+        return self._rankings[key]
 
     def _score(self, criterion: str) -> tuple[dict[str, Tensor], list[str]]:
         layers: dict[str, Layer] = {name: self.network.get_submodule(name) for name in self.layers}
@@ -89,6 +98,15 @@ class Pruner:
                 above = (scores[name] - min(lowest, 0.0)).clamp_min(tiny)
                 scores[name] = torch.where(layer.weight.detach() == 0, 0.0, above)
         return scores, notes
+
+
+def selects_by_call(layers: dict[str, Layer]) -> bool:
+    """Whether l1 uniform is the study's own call for each layer and level, as it is on a CPU; a GPU sorts once instead.
+
+    Both mask the same number of weights of each layer, and the same weights but for equal magnitudes at the threshold:
+    there the call leaves the choice to `topk`, while by a ranking those go that come first in the layer.
+    """
+    return all(layer.weight.device.type == "cpu" for layer in layers.values())
 
 
 def baked(model: nn.Module, dense: nn.Module) -> nn.Module:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from sparsity import pruner
 from sparsity.allocation import ALLOCATIONS, prepare, rank
 from sparsity.calibration import Calibration
 from sparsity.criteria import CRITERIA, SQUARED, Evidence, score
 from sparsity.masks import apply_masks, prunable_layers, prune_l1_uniform
+from sparsity.pruner import Pruner
 from sparsity.runtime import UserError
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -271,6 +273,24 @@ def test_uniform_on_magnitudes_is_l1_unstructured_bit_for_bit(small_net, amount)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
     for name, layer in ours.items():
         assert np.array_equal(layer.weight.detach().view(torch.int32), theirs[name].weight.detach().view(torch.int32))
+
+
+def test_without_a_cpu_uniform_magnitude_comes_from_scores_sorted_once(small_net, monkeypatch):
+    """The masks are those of the call for each layer and level, and the other allocations share the sorted scores."""
+    layers, sorts = list(prunable_layers(small_net, EXAMPLE)), []
+    by_call, by_ranking = (Pruner(small_net, layers, None, 0) for _ in range(2))
+    monkeypatch.setattr(pruner, "rank", lambda *given, **named: sorts.append(1) or rank(*given, **named))
+    for level in (0.0, 5.0, 33.3, 50.0, 95.0, 100.0):
+        theirs, _ = by_call.prune(("l1", "uniform", "none"), level)
+        with monkeypatch.context() as patch:
+            patch.setattr(pruner, "selects_by_call", lambda layers: False)
+            ours, notes = by_ranking.prune(("l1", "uniform", "none"), level)
+        assert notes == []
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+        for allocation in ("global", "lamp", "erk"):
+            by_ranking.prune(("l1", allocation, "none"), level)
+    assert len(sorts) == 1
 
 
 @pytest.mark.parametrize("kind", ["normal", "tied"])

@@ -1,6 +1,8 @@
 """The folded copy says what the masked network says; every image is counted once."""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import nn
 
 import Build_Resnet
 from sparsity.data import normalise
-from sparsity.evaluation import evaluate, inference_copy, refresh
+from sparsity.evaluation import compiled, evaluate, inference_copy, refresh
 from sparsity.masks import prunable_layers, prune_l1_uniform
+from sparsity.runtime import UserError
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -140,3 +143,38 @@ def test_a_perfect_network_reads_100_percent(small_split):
             return F.one_hot(labels, 4).float()
 
     assert evaluate(Oracle(), small_split, 16).accuracy == 100
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_copy_follows_its_weights_and_is_compiled_once(small_net, small_split):
+    """50 images in batches of 16: three of them compiled, and the last one of 2 by the copy itself."""
+    inference = inference_copy(small_net)
+    torch._dynamo.utils.counters.clear()
+    network = compiled(inference, small_split, 16)
+    for level in (0, 40, 90):
+        refresh(inference, mask(copy.deepcopy(small_net), level))
+        found, expected = (evaluate(each, small_split, 16) for each in (network, inference))
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert torch.equal(found.predictions, expected.predictions)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_logits_of_a_compiled_copy_are_not_overwritten_by_the_next_batch(small_net, small_split, monkeypatch):
+    """Here by a stand-in for the CUDA graph, which gives the same memory each time."""
+    memory = torch.empty(25, 4)
+    monkeypatch.setattr(torch, "compile", lambda network, **_: lambda images: memory.copy_(network(images)))
+    inference = inference_copy(small_net)
+    network = compiled(inference, small_split, 25)
+    images = normalise(small_split.images, small_split.mean, small_split.std)
+    with torch.inference_mode():
+        found = torch.cat([network(part) for part in images.split(25)])
+        torch.testing.assert_close(found, inference(images), rtol=1e-5, atol=1e-6)
+
+
+def test_where_nothing_can_be_compiled_it_is_said_in_one_line(small_net, small_split, monkeypatch):
+    def fails(images):
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", lambda network, **_: fails)
+    with pytest.raises(UserError, match=r"does not work here \(no compiler found\)"):
+        compiled(inference_copy(small_net), small_split, 16)

@@ -1,31 +1,51 @@
 """Time the evaluation of a pruned ResNet-50: the reference's loop against ours, same images, same checkpoint, one run.
 
-    python tests/benchmarks/bench_sweep.py [--checkpoint FILE] [--images 512] [--repeats 3]
+    python tests/benchmarks/bench_sweep.py [--checkpoint FILE] [--images 512] [--repeats 3] [--compile] [--levels 3]
 
 (a) is the loop of the reference study: masks as hooks, BatchNorm apart, float32, NCHW, batches of 128. (b) and (c) are
-the inference copy of `sparsity.evaluation` in float32 and in bfloat16. The three take turns, and medians are compared.
-Without a checkpoint the network is untrained, which costs the same time; agreement is then of no meaning.
+the inference copy of `sparsity.evaluation` in float32 and in bfloat16; (d) and (e), with `--compile`, these two through
+`torch.compile`. They take turns, and medians are compared. Without a checkpoint the network is untrained, which costs
+the same time; agreement is then of no meaning.
+
+Afterwards whole levels of l1 uniform, spread over 0 to 100 %, as pruning.py makes them: prune, count, refresh,
+evaluate, in the precision that `--precision auto` takes on this machine, compiled where `--compile` is given. Files are
+not part of it.
 """
 
 import argparse
 import copy
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from timing import print_rates, seconds, take_turns
+from timing import (
+    add_network_flags,
+    attainable,
+    build,
+    float32_products,
+    forward_flops,
+    print_rates,
+    seconds,
+    set_up,
+    take_turns,
+    usual_kind,
+    write_figures,
+)
 
 import Build_Resnet
 from sparsity import checkpoint, runtime
 from sparsity.data import CIFAR10_STATISTICS, Split, normalise
-from sparsity.evaluation import default_batch_size, evaluate, inference_copy, refresh
-from sparsity.flags import apply_threads
-from sparsity.masks import prunable_layers, prune_l1_uniform
+from sparsity.engine import run_by
+from sparsity.evaluation import compiled, default_batch_size, evaluate, inference_copy, refresh
+from sparsity.masks import census, positions_per_image, prunable_layers, prune_l1_uniform, zeros_by_layer
+from sparsity.pruner import Pruner
 
 BATCH = 128
 LEVEL = 0.4
@@ -33,11 +53,10 @@ LEVEL = 0.4
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a ResNet for 32x32 images (an untrained ResNet-50)")
-    parser.add_argument("--images", type=int, default=512, help="random images, a multiple of 128")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each contestant; the median counts")
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--checkpoint", type=Path, help="a network for images of --image_size (an untrained one)")
+    add_network_flags(parser, images=512)
+    parser.add_argument("--precision", choices=("both", "fp32", "bf16"), default="both", help="of ours (%(default)s)")
+    parser.add_argument("--levels", type=int, default=3, help="whole levels at the end (%(default)s)")
     return parser.parse_args()
 
 
@@ -45,51 +64,127 @@ def parse_args() -> argparse.Namespace:
 def reference_predictions(model: nn.Module, test: Split) -> torch.Tensor:
     """The reference's evaluation loop: the masked network as it is, float32, NCHW."""
     predicted = []
-    for start in range(0, len(test), BATCH):
-        images = normalise(test.images[start : start + BATCH], test.mean, test.std).contiguous()
-        predicted.append(model(images).argmax(dim=1))
+    with float32_products(tf32=True):  # torch's default for convolutions
+        for start in range(0, len(test), BATCH):
+            images = normalise(test.images[start : start + BATCH], test.mean, test.std).contiguous()
+            predicted.append(model(images).argmax(dim=1))
     return torch.cat(predicted).cpu()
+
+
+def make_contestants(
+    args: argparse.Namespace, dense: nn.Module, masked: nn.Module, test: Split
+) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, str]]:
+    """Name -> the evaluation of each contestant, which gives predictions; and name -> its kind of arithmetic."""
+    device, batch_size = test.images.device, default_batch_size(test.images.device)
+    works = {"(a) reference loop": lambda: reference_predictions(masked, test)}
+    kinds = {"(a) reference loop": usual_kind(device)}
+    chosen = [kind for kind in ("fp32", "bf16") if args.precision in ("both", kind)]
+    for compiling in (False, True)[: 1 + args.compile]:
+        for kind in chosen:
+            inference = inference_copy(dense, runtime.dtype_of(kind))
+            refresh(inference, masked)
+            network = compiled(inference, test, batch_size) if compiling else inference
+            letter = "bcde"[2 * compiling + (kind == "bf16")]
+            name = f"({letter}) ours, {kind}{', compiled' * compiling}"
+            works[name] = lambda network=network: evaluate(network, test, batch_size).predictions
+            kinds[name] = kind
+    return works, kinds
+
+
+def whole_levels(args: argparse.Namespace, dense: nn.Module, test: Split) -> dict[str, Any]:
+    """Seconds of `--levels` levels, and how many of them were not evaluation."""
+    device = test.images.device
+    precision = args.precision if args.precision != "both" else runtime.resolve_precision("auto", device)
+    batch_size, dtype = default_batch_size(device), runtime.dtype_of(precision)
+    example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
+    names, positions = list(prunable_layers(dense, example)), positions_per_image(dense, example)
+    inference = inference_copy(dense, dtype)
+    fast: list[nn.Module] = [inference]
+    compiling = seconds(lambda: fast.append(compiled(inference, test, batch_size)), device) if args.compile else 0.0
+    evaluate(fast[-1], test.take(torch.arange(min(batch_size, len(test)))), batch_size)  # warm-up
+    sample = normalise(test.images[:8], test.mean, test.std, dtype)
+    evaluating: list[float] = []
+    engines: list[str] = []
+
+    def levels() -> None:
+        pruner = Pruner(dense, names, None, 0)
+        for index in range(args.levels):
+            model, _ = pruner.prune(("l1", "uniform", "none"), 100 * index / max(1, args.levels - 1))
+            network = prepared(model, names, positions, inference, sample)
+            engines.append("dense" if network is inference else "sparse")
+            network = fast[-1] if network is inference else network
+            evaluating.append(seconds(lambda network=network: evaluate(network, test, batch_size), device))
+
+    total = seconds(levels, device)
+    return {
+        "levels": args.levels,
+        "precision": precision,
+        "compiled": args.compile,
+        "sparse_levels": engines.count("sparse"),
+        "seconds": total,
+        "seconds_outside_evaluation": total - sum(evaluating),
+        "seconds_of_compiling": compiling,
+    }
+
+
+def prepared(
+    model: nn.Module, names: list[str], positions: dict[str, int], inference: fx.GraphModule, sample: torch.Tensor
+) -> nn.Module:
+    """What pruning.py does between pruning and evaluating: counts, the inference copy, the choice of kernels."""
+    layers = {name: model.get_submodule(name) for name in names}
+    census(model, layers, positions)
+    zeros_by_layer(layers)
+    refresh(inference, model)
+    return run_by("auto", inference, sample)
+
+
+def print_levels(levels: dict[str, Any], images: int) -> None:
+    total, outside = levels["seconds"], levels["seconds_outside_evaluation"]
+    words = f"{levels['levels']} whole levels of {images:,} images in {levels['precision']}"
+    words += ", compiled" * levels["compiled"] + f": {total:.2f} s, of which {outside:.2f} s outside evaluation"
+    words += f" ({100 * outside / total:.1f} %)"
+    if levels["compiled"]:
+        words += f"; compiling before them {levels['seconds_of_compiling']:.1f} s"
+    if levels["sparse_levels"]:
+        words += f"; {levels['sparse_levels']} by sparse kernels"
+    print(words)
 
 
 def main() -> None:
     args = parse_args()
-    device = runtime.resolve_device(args.device)
-    threads = apply_threads(args.threads)
-    torch.manual_seed(0)
+    device, threads = set_up(args)
     if args.checkpoint:
         saved = checkpoint.load(args.checkpoint)
         dense = checkpoint.restore(saved, Build_Resnet.build, Build_Resnet.spec_of)
     else:
-        dense = Build_Resnet.resnet50().eval()
+        dense = build(args).eval()
     masked = copy.deepcopy(dense)
-    layers = prunable_layers(masked, torch.zeros(1, 3, 32, 32))
+    layers = prunable_layers(masked, torch.zeros(1, 3, args.image_size, args.image_size))
     masking = seconds(lambda: prune_l1_uniform(layers, LEVEL), torch.device("cpu"))
     dense, masked = dense.to(device), masked.to(device)
-    images = torch.randint(0, 256, (args.images, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (args.images, 3, args.image_size, args.image_size), dtype=torch.uint8)
     test = Split(images, torch.zeros(args.images, dtype=torch.int64), *CIFAR10_STATISTICS).to(device)
-    batch_size = default_batch_size(device)
-    copies = {name: inference_copy(dense, runtime.dtype_of(name)) for name in ("fp32", "bf16")}
-    for inference in copies.values():
-        refresh(inference, masked)
-
-    contestants = {"(a) reference loop": lambda: reference_predictions(masked, test)}
-    for letter, (name, inference) in zip("bc", copies.items(), strict=True):
-        contestants[f"({letter}) ours, {name}"] = lambda network=inference: (
-            evaluate(network, test, batch_size).predictions
-        )
+    contestants, kinds = make_contestants(args, dense, masked, test)
+    peaks = {kind: attainable(device, kind) for kind in dict.fromkeys(kinds.values())}
     predictions = {name: work() for name, work in contestants.items()}  # warm-up
     times = take_turns(contestants, args.repeats, device)
 
     print(f"{runtime.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
     print(
-        f"{args.images} images in batches of {BATCH} (a) and {batch_size} (b, c), {100 * LEVEL:g} % pruned, "
-        f"median of {args.repeats}"
+        f"{args.images} images in batches of {BATCH} (a) and {default_batch_size(device)} (others), "
+        f"{100 * LEVEL:g} % pruned, median of {args.repeats}"
     )
     base = predictions["(a) reference loop"]
     alike = {name: 100 * float((found == base).float().mean()) for name, found in predictions.items()}
-    print_rates(times, args.images, {name: f", {share:.2f} % predicted alike" for name, share in alike.items()})
-    share = 100 * masking / (10_000 * statistics.median(times["(c) ours, bf16"]) / args.images)
-    print(f"masks of one level: {masking:.2f} s, {share:.1f} % of a level of 10,000 images in bf16")
+    remarks = {name: f", {share:.2f} % predicted alike" for name, share in alike.items()}
+    figures = print_rates(times, args.images, forward_flops(dense, args.image_size), kinds, peaks, remarks)
+    last = list(times)[-1]
+    share = 100 * masking / (10_000 * statistics.median(times[last]) / args.images)
+    print(f"masks of one level on the CPU: {masking:.2f} s, {share:.1f} % of a level of 10,000 images by {last}")
+    levels = whole_levels(args, dense, test) if args.levels else None
+    if levels:
+        print_levels(levels, args.images)
+    write_figures(args.json, device, {"images": args.images, "contestants": figures, "whole_levels": levels})
 
 
 if __name__ == "__main__":

@@ -1,78 +1,165 @@
 """Time training steps of a ResNet-50: the usual float32 loop against ours, same images, same run.
 
-    python tests/benchmarks/bench_train.py [--images 256] [--repeats 3]
+    python tests/benchmarks/bench_train.py [--images 256] [--batch_size 128] [--repeats 3] [--compile] [--reference]
 
 (a) is eager PyTorch in float32 and NCHW, on images that are normalised and augmented already. (b) is
-`sparsity.training` with augmentation, channels_last, and the precision that `--precision auto` takes on this machine.
-The two take turns, and medians are compared.
+`sparsity.training` with augmentation, channels_last, and the precision that `--precision auto` takes on this machine;
+(c), with `--compile`, the same with the network through `torch.compile`. (d), with `--reference`, is the loop of the
+reference study: float32 without TF32, batches of 60, PIL images transformed in a loader without workers, and a second
+pass over the training images for their accuracy, whose time counts. They take turns, and medians are compared. The
+share of the peak counts three times the operations of a forward pass for each training image, whatever else is done.
 """
 
 import argparse
+import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from timing import print_rates, take_turns
+from timing import (
+    add_network_flags,
+    attainable,
+    build,
+    float32_products,
+    forward_flops,
+    print_rates,
+    seconds,
+    set_up,
+    take_turns,
+    usual_kind,
+    write_figures,
+)
 
-import Build_Resnet
 from sparsity import runtime
 from sparsity.data import CIFAR10_STATISTICS, Split, normalise, training_batches
-from sparsity.flags import apply_threads
-from sparsity.training import make_optimizer, train_one_epoch
+from sparsity.training import make_optimizer, memory_format, train_one_epoch
 
-BATCH = 128
+REFERENCE_BATCH = 60
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=256, help="images an epoch, a multiple of 128")
-    parser.add_argument("--repeats", type=int, default=3, help="epochs of each contestant; the median counts")
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--precision", default="auto", help="of ours: auto, fp32, bf16")
+    add_network_flags(parser, images=256)
+    parser.add_argument("--batch_size", type=int, default=128, help="images a step of (a), (b) and (c) (%(default)s)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of ours (%(default)s)")
+    parser.add_argument("--reference", action="store_true", help="the reference study's loop too")
     return parser.parse_args()
 
 
-def usual_epoch(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer) -> None:
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return make_optimizer("sgd", model, 0.01, 0.9, 5e-4)
+
+
+def usual_epoch(model: nn.Module, images: Tensor, labels: Tensor, optimizer, batch_size: int) -> None:
     """One pass of the loop that everybody writes first."""
     model.train()
-    for inputs, targets in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs), targets)
-        loss.backward()
-        optimizer.step()
+    with float32_products(tf32=True):  # torch's default for convolutions
+        for inputs, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+
+
+class PilImages(Dataset):
+    """Images as torchvision's datasets hand them out: PIL, transformed one by one."""
+
+    def __init__(self, split: Split):
+        self.pixels, self.labels = split.images.permute(0, 2, 3, 1).contiguous().numpy(), split.labels.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(split.images.shape[-1], padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(split.mean, split.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def reference_epoch(model: nn.Module, loader: DataLoader, optimizer, device: torch.device) -> float:
+    """One epoch of the reference study, with its second pass; returns the training accuracy in percent."""
+    with float32_products(tf32=False):
+        model.train()
+        for inputs, targets in loader:
+            inputs, targets = inputs.to(device), targets.to(device)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        correct = 0
+        with torch.no_grad():
+            for inputs, targets in loader:
+                correct += int((model(inputs.to(device)).argmax(dim=1) == targets.to(device)).sum())
+    return 100 * correct / len(loader.dataset)
+
+
+def make_contestants(
+    args: argparse.Namespace, split: Split, device: torch.device
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Name -> one epoch of each contestant, all from the same weights; and name -> its kind of arithmetic."""
+    start, precision = build(args), runtime.resolve_precision(args.precision, device)
+    on_device = split.to(device)
+    ready = normalise(on_device.images, split.mean, split.std).contiguous()
+    usual = copy.deepcopy(start).to(device)
+    optimizer = optimizer_of(usual)
+    name = "(a) float32, NCHW"
+    works: dict[str, Callable[[], object]] = {
+        name: lambda: usual_epoch(usual, ready, on_device.labels, optimizer, args.batch_size)
+    }
+    kinds = {name: usual_kind(device)}
+    for letter, compiling in [("b", False), ("c", True)][: 1 + args.compile]:
+        ours = copy.deepcopy(start).to(device, memory_format=memory_format(start))
+        mine, network = optimizer_of(ours), torch.compile(ours) if compiling else ours
+        name = f"({letter}) ours, {precision}{', compiled' * compiling}"
+        kinds[name] = precision
+        works[name] = lambda network=network, optimizer=mine: train_one_epoch(
+            network, training_batches(on_device, args.batch_size, 0, 1), optimizer, runtime.dtype_of(precision), 1
+        )
+    if args.reference:
+        reference = copy.deepcopy(start).to(device)
+        loader, theirs = DataLoader(PilImages(split), REFERENCE_BATCH, shuffle=True), optimizer_of(reference)
+        works["(d) reference, PIL, 2 passes"] = lambda: reference_epoch(reference, loader, theirs, device)
+        kinds["(d) reference, PIL, 2 passes"] = "fp32"
+    return works, kinds
 
 
 def main() -> None:
     args = parse_args()
-    device = runtime.resolve_device(args.device)
-    precision = runtime.resolve_precision(args.precision, device)
-    threads = apply_threads(args.threads)
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (args.images, 3, 32, 32), dtype=torch.uint8)
-    split = Split(images, torch.arange(args.images) % 10, *CIFAR10_STATISTICS).to(device)
-    ready = normalise(split.images, split.mean, split.std).contiguous()
-    usual = Build_Resnet.resnet50().to(device)
-    ours = Build_Resnet.resnet50().to(device, memory_format=torch.channels_last)
-    optimizers = [make_optimizer("sgd", model, 0.01, 0.9, 5e-4) for model in (usual, ours)]
-    dtype = runtime.dtype_of(precision)
-    contestants = {
-        "(a) float32, NCHW": lambda: usual_epoch(usual, ready, split.labels, optimizers[0]),
-        f"(b) ours, {precision}": lambda: train_one_epoch(
-            ours, training_batches(split, BATCH, 0, 1), optimizers[1], dtype, 1
-        ),
-    }
-    for work in contestants.values():
-        work()  # warm-up
+    device, threads = set_up(args)
+    images = torch.randint(0, 256, (args.images, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    split = Split(images, torch.arange(args.images) % 10, *CIFAR10_STATISTICS)
+    contestants, kinds = make_contestants(args, split, device)
+    peaks = {kind: attainable(device, kind) for kind in dict.fromkeys(kinds.values())}
+    first = {name: seconds(work, device) for name, work in contestants.items()}  # warm-up, and compiling
     times = take_turns(contestants, args.repeats, device)
 
     print(f"{runtime.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
-    print(f"{args.images} images of 32 pixels in batches of {BATCH}, median of {args.repeats}")
-    print_rates(times, args.images)
+    batches = f"{args.batch_size}" + f" ({REFERENCE_BATCH} in d)" * args.reference
+    print(
+        f"training {args.arch} of width {args.width}: {args.images} images of {args.image_size} pixels an epoch, in "
+        f"batches of {batches}, median of {args.repeats}"
+    )
+    remarks = {name: f"; first epoch {spent:.1f} s" for name, spent in first.items()}
+    figures = print_rates(times, args.images, 3 * forward_flops(build(args), args.image_size), kinds, peaks, remarks)
+    for name, spent in first.items():
+        figures[name]["first_epoch_seconds"] = spent
+    write_figures(args.json, device, {"images": args.images, "batch_size": args.batch_size, "contestants": figures})
 
 
 if __name__ == "__main__":

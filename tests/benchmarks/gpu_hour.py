@@ -1,0 +1,350 @@
+"""Everything that needs a GPU, unattended, in stages: correctness, speed, the reference recipe, sweeps, recovery.
+
+    python tests/benchmarks/gpu_hour.py --archive cifar10-jpeg.tar.xz --out checkpoints/gpu_hour --stages 1 2
+    python tests/benchmarks/gpu_hour.py --small --out /tmp/small       # all of it in a few minutes on a CPU
+
+1  a short training, sweeps of it on the GPU and on the CPU that must agree within 0.1 point, and the tests
+2  images a second: bench_train.py at two batch sizes with the study's loop, bench_sweep.py with 21 whole levels
+3  the reference recipe with three seeds; one checkpoint is packed to be carried away (see `pack`)
+4  l1 uniform at 21 levels against the clock, then `--compare` for the checkpoints of stage 3
+5  `run.py --recipe strong`
+6  iterative pruning with fine-tuning, and with reconstruction, of the best checkpoint there is
+
+A stage that meets `--limit_minutes` stops what it runs as Ctrl-C does; the same stage given again goes on: what is done
+is skipped, trainings resume, sweeps measure what is missing. A command that fails is shown with its last lines and
+stops no other. Everything goes to `--out`: logs, CSV, JSON, plots and `figures.json`. The exit status is 0 only if
+every stage asked for is complete.
+"""
+
+import argparse
+import csv
+import json
+import lzma
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from sparsity import checkpoint, runtime
+from sparsity.runtime import UserError
+
+ROOT = Path(__file__).parents[2]
+AGREEMENT = 0.1  # points of accuracy between a GPU and a CPU
+PART = 15 << 20  # bytes of a part of the packed checkpoint
+LAST_LINES = 12
+SHORTEST = 5.0  # seconds that a command is worth starting for
+SEEDS = 3
+TEST_GROUPS = 4  # the tests are run in as many commands, so that a stage that met its limit goes on where it was
+EPOCH_LINE = re.compile(r"^Epoch: (\d+) .*Test accuracy: ([\d.]+)% \| Epoch Time: ([\d.]+) secs", re.MULTILINE)
+
+
+@dataclass
+class Hour:
+    """One run of this script: its flags, what was found so far, and when the stage at work has to end."""
+
+    args: argparse.Namespace
+    figures: dict[str, Any] = field(default_factory=dict)  # name of a command or a result -> what it gave
+    commands: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> command, status, seconds, date
+    open: list[str] = field(default_factory=list)  # what failed or was stopped
+    deadline: float = 0.0
+
+    def path(self, *parts: str) -> Path:
+        return self.args.out.joinpath(*parts)
+
+    def write(self) -> None:
+        """Bring figures.json up to date."""
+        content = {
+            "command": runtime.command_line(sys.argv[0], sys.argv[1:]),
+            "date": now(),
+            "versions": runtime.versions(),
+            "machine": runtime.machine(runtime.resolve_device("auto")),
+            "incomplete": self.open,
+            "figures": self.figures,
+            "commands": self.commands,
+        }
+        runtime.write_json(self.path("figures.json"), content)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", choices=sorted(STAGES), default=sorted(STAGES), help="(all)")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/gpu_hour"), help="where all goes (%(default)s)")
+    parser.add_argument(
+        "--archive", type=Path, help="tar archive of train/<class>/* and test/<class>/*, unpacked first"
+    )
+    parser.add_argument("--data_dir", type=Path, help="where these images are, or are unpacked to (OUT/data)")
+    parser.add_argument("--epochs", type=int, help="of the trainings (60; --small: 2)")
+    parser.add_argument("--limit_minutes", type=float, default=9, help="for each stage (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="run benchmarks and tests again that were done before")
+    parser.add_argument("--small", action="store_true", help="a tiny network on synthetic images on the CPU")
+    args = parser.parse_args()
+    args.out = args.out.absolute()
+    args.data_dir = (args.data_dir or args.out / "data").absolute()
+    args.epochs = args.epochs or (2 if args.small else 60)
+    return args
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def unpack_images(args: argparse.Namespace) -> None:
+    """Make sure that the images are there; UserError otherwise."""
+    if args.small or (args.data_dir / "test").is_dir():
+        return
+    if not args.archive:
+        raise UserError(f"{args.data_dir} holds no images; name them with --data_dir, or an --archive of them")
+    try:
+        half = args.data_dir.with_suffix(".part")  # so that what is there is complete
+        with tarfile.open(args.archive) as archive:
+            archive.extractall(half, filter="data")
+        half.rename(args.data_dir)
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"--archive {args.archive} cannot be unpacked ({runtime.one_line(error)})") from error
+
+
+def call(hour: Hour, name: str, words: list[object]) -> str | None:
+    """Run a Python command until the stage's limit, its output in a log; that output, or None unless it succeeded.
+
+    A command that was done before is not run again: then what is in its log is returned.
+    """
+    log, command = hour.path("logs", f"{name}.log"), [str(word) for word in words]
+    before = hour.commands.get(name, {"status": "", "command": []})
+    same = set(before["command"]) ^ set(command) <= {"--resume"}
+    if before["status"] == "done" and same and not hour.args.again:
+        return log.read_text()
+    if hour.deadline - time.monotonic() < SHORTEST:
+        hour.open.append(f"{name} (not started: the stage has met its limit)")
+        return None
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{now()} {name}: python {' '.join(command)}", flush=True)
+    started, length = time.monotonic(), log.stat().st_size if log.exists() else 0
+    with log.open("ab") as file:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            returned = process.wait(max(0.0, hour.deadline - started))
+            status = "failed" if returned else "done"
+        except subprocess.TimeoutExpired:
+            returned, status = stop(process), "stopped at the limit"
+        except BaseException:  # Ctrl-C or SIGTERM: nothing is left running behind
+            stop(process)
+            raise
+    spent = round(time.monotonic() - started, 2)
+    hour.commands[name] = {"command": command, "status": status, "seconds": spent, "date": now()}
+    text = log.read_bytes()[length:].decode(errors="replace")
+    if status != "done":
+        hour.open.append(f"{name} ({status})")
+        lines = "\n".join(f"    {line}" for line in text.splitlines()[-LAST_LINES:])
+        print(f"{name} {status} (exit status {returned}, {spent} s); its last lines:\n{lines}", flush=True)
+    hour.write()
+    return text if status == "done" else None
+
+
+def stop(process: subprocess.Popen) -> int:
+    """End a command as Ctrl-C does, and by force should it not end within half a minute."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def train(hour: Hour, name: str, *words: object, epochs: int | None) -> Path | None:
+    """Train, or go on training, into a folder of its own; the last numbered checkpoint if it is finished."""
+    folder, log = hour.path(name), hour.path("logs", f"{name}.log")
+    data = ["--dataset", "folder", "--data_dir", hour.args.data_dir]
+    if hour.args.small:
+        data = ["--dataset", "synthetic", "--image_size", 8, "--arch", "resnet18", "--width", 4]
+        data += ["--batch_size", 500, "--device", "cpu"]
+    length = ["--epochs", epochs, "--save_every", epochs] if epochs else []
+    resume = ["--resume"] if list(folder.glob("*_last.pth")) else []
+    places = ["--checkpoint_dir", folder, "--images_dir", folder]
+    done = call(hour, name, ["run.py", *data, *length, *words, *places, *resume]) is not None
+    epoch_lines = EPOCH_LINE.findall(log.read_text()) if log.exists() else []
+    if epoch_lines:
+        hour.figures[name] = {
+            "finished": done,
+            "epochs": int(epoch_lines[-1][0]),
+            "test_accuracy": float(epoch_lines[-1][1]),
+            "median_epoch_seconds": statistics.median(float(seconds) for *_, seconds in epoch_lines),
+        }
+    numbered = folder.glob("*_ckpt_epoch*.pth")
+    return max(numbered, key=lambda path: path.stat().st_mtime, default=None) if done else None
+
+
+def sweep(hour: Hour, name: str, checkpoints: list[Path], *words: object) -> list[dict[str, str]]:
+    """Sweep, or measure what is missing of a sweep; its rows as they stand, whether or not it is complete."""
+    data = ["--dataset", "folder", "--data_dir", hour.args.data_dir]
+    if hour.args.small:
+        data = ["--max_test_images", 200] + ["--device", "cpu"] * ("--device" not in words)
+        data += ["--calibration_images", 64] * ("--compare" in words)
+    places = ["--images_dir", hour.args.out, "--name", name]
+    done = call(hour, name, ["pruning.py", "--checkpoint", *checkpoints, *data, *words, *places])
+    stem = "synthetic_" * hour.args.small + f"{name}_pruning"  # pruning.py puts the first word there itself
+    table, about = hour.path(f"{stem}.csv"), hour.path(f"{stem}.json")
+    if not table.exists() or not about.exists():
+        return []
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    header = json.loads(about.read_text())
+    hour.figures[name] = {
+        "finished": done is not None,
+        "rows": len(rows),
+        "seconds_of_levels": round(sum(float(row["seconds"]) for row in rows), 2),
+        "seconds_of_command": hour.commands[name]["seconds"],
+        "dense_accuracy": {key: figures["accuracy"] for key, figures in header["dense"].items()},
+        "sentences": [entry["sentence"] for entry in header.get("summary") or []],
+    }
+    return rows
+
+
+def benchmark(hour: Hour, name: str, *words: object) -> None:
+    """Run one of the benchmarks and keep its figures."""
+    file = hour.path(f"{name}.json")
+    small = ["--arch", "resnet18", "--width", 8, "--image_size", 8, "--repeats", 1] if hour.args.small else []
+    if call(hour, name, [*words, *small, "--json", file]) is not None:
+        found = json.loads(file.read_text())
+        hour.figures[name] = {key: value for key, value in found.items() if key not in ("versions", "machine")}
+
+
+def reference(hour: Hour) -> list[Path]:
+    """The finished checkpoints of stage 3."""
+    return sorted(hour.args.out.glob(f"seed?/*_ckpt_epoch{hour.args.epochs}.pth"))
+
+
+def correctness(hour: Hour) -> None:
+    """Stage 1."""
+    trained = train(hour, "short", "--T_max", 1, epochs=1)
+    if trained:
+        same = ["--precision", "fp32", "--engine", "dense", "--levels", "0,40,60,80"]
+        by_gpu = sweep(hour, "agree_gpu", [trained], *same)
+        by_cpu = sweep(hour, "agree_cpu", [trained], *same, "--device", "cpu")
+        pairs = list(zip(by_gpu, by_cpu, strict=False))  # one may have been stopped
+        apart = max((abs(float(one["accuracy"]) - float(other["accuracy"])) for one, other in pairs), default=None)
+        hour.figures["agreement"] = {"levels": len(pairs), "largest_difference_points": apart}
+        if apart is not None and apart > AGREEMENT:
+            hour.open.append(f"agreement (GPU and CPU differ by {apart} points)")
+    files = sorted(path.relative_to(ROOT) for path in ROOT.glob("tests/test_*.py"))
+    if hour.args.small:
+        files = [path for path in files if path.stem in ("test_masks", "test_evaluation")]
+    for group in range(TEST_GROUPS):
+        if chosen := files[group::TEST_GROUPS]:
+            text = call(hour, f"tests_{group}", ["-m", "pytest", "-p", "no:cacheprovider", *chosen])
+            if text:
+                hour.figures[f"tests_{group}"] = text.strip().splitlines()[-1]
+
+
+def speed(hour: Hour) -> None:
+    """Stage 2."""
+    training, sweeping = "tests/benchmarks/bench_train.py", "tests/benchmarks/bench_sweep.py"
+    if hour.args.small:
+        benchmark(hour, "train", training, "--images", 128, "--batch_size", 64, "--reference")
+        benchmark(hour, "evaluation", sweeping, "--images", 128, "--precision", "fp32")
+        return
+    images = ["--images", 12_800, "--compile"]
+    benchmark(hour, "train_128", training, *images, "--batch_size", 128, "--reference")
+    benchmark(hour, "train_512", training, *images, "--batch_size", 512)
+    benchmark(hour, "evaluation", sweeping, "--images", 10_000, "--compile", "--levels", 21)
+
+
+def recipe(hour: Hour) -> None:
+    """Stage 3."""
+    for seed in range(SEEDS):
+        trained = train(hour, f"seed{seed}", "--seed", seed, epochs=hour.args.epochs)
+        if trained and seed == 0:
+            pack(hour, trained)
+
+
+def pack(hour: Hour, path: Path) -> None:
+    """Pack a checkpoint to be carried away: bfloat16, xz, in parts below 16 MiB, in OUT/home.
+
+    `cat OUT/home/*.xz.* | xz -d > file.npz` makes of them a file that `--checkpoint` takes.
+    """
+    saved, home = checkpoint.load(path), hour.path("home")
+    if hour.figures.get("packed", {}).get("of_sha256") == saved.sha256:
+        return
+    home.mkdir(exist_ok=True)
+    packed = home / f"{path.stem}.npz"
+    checkpoint.save_packed(packed, saved.content | {"net": saved.net}, "bf16")
+    data = lzma.compress(packed.read_bytes())
+    packed.unlink()
+    for number, start in enumerate(range(0, len(data), PART)):
+        runtime.write_atomic(home / f"{packed.name}.xz.{number:02}", data[start : start + PART])
+    hour.figures["packed"] = {"bytes": len(data), "parts": number + 1, "of": str(path), "of_sha256": saved.sha256}
+
+
+def sweeps(hour: Hour) -> None:
+    """Stage 4."""
+    if len(found := reference(hour)) < SEEDS:
+        hour.open.append(f"stage 4 ({len(found)} of {SEEDS} seeds of stage 3 are trained)")
+    if found:
+        levels = ["--levels", "0,50,90"] if hour.args.small else []
+        sweep(hour, "l1_uniform", found[:1], *levels)
+        sweep(hour, f"compare_{len(found)}_seeds", found, "--compare", *levels)
+
+
+def strong(hour: Hour) -> None:
+    """Stage 5."""
+    text = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    if "--recipe" not in text:
+        hour.open.append("stage 5 (run.py has no --recipe)")
+        return
+    train(hour, "strong", "--recipe", "strong", epochs=hour.args.epochs if hour.args.small else None)
+
+
+def recovery(hour: Hour) -> None:
+    """Stage 6."""
+    better = sorted(hour.path("strong").glob("*_ckpt_epoch*.pth"), key=lambda path: path.stat().st_mtime)
+    done = hour.commands.get("strong", {}).get("status") == "done"
+    if not (found := better[-1:] if done and better else reference(hour)[:1]):
+        hour.open.append("stage 6 (needs a finished checkpoint of stage 3 or 5)")
+        return
+    small, stem = hour.args.small, found[0].parent.name
+    levels = "80,95" if small else "80,90,95,97,98,99"
+    iterative = ["--allocation", "lamp", "--schedule", "iterative", "--levels", levels]
+    tuning = ["--finetune_epochs", 1 if small else 8, "--finetune_learning_rate", 0.01]
+    images = ["--calibration_images", 64] * small
+    sweep(hour, f"{stem}_iterative_finetune", found, *iterative, "--recover", "finetune", *tuning)
+    sweep(hour, f"{stem}_iterative_reconstruction", found, *iterative, "--recover", "reconstruction", *images)
+
+
+STAGES: dict[int, Callable[[Hour], None]] = {1: correctness, 2: speed, 3: recipe, 4: sweeps, 5: strong, 6: recovery}
+
+
+def work(args: argparse.Namespace) -> None:
+    """The stages in their order, then the figures; UserError at the end unless all is complete."""
+    runtime.prepare_folder(args.out, "--out", 1 << 30)
+    hour = Hour(args)
+    if (known := hour.path("figures.json")).exists():
+        there = json.loads(known.read_text())
+        hour.figures, hour.commands = there["figures"], there["commands"]
+    unpack_images(args)
+    for number in args.stages:
+        print(f"\nstage {number}: {STAGES[number].__name__}", flush=True)
+        hour.deadline = time.monotonic() + 60 * args.limit_minutes
+        try:
+            STAGES[number](hour)
+        except UserError as error:
+            hour.open.append(f"stage {number} ({runtime.one_line(error)})")
+        hour.write()
+    print("\nfigures")
+    for name, figures in hour.figures.items():
+        print(f"{name}: {json.dumps(figures, indent=2)}")
+    if hour.open:
+        raise UserError(f"incomplete: {'; '.join(hour.open)}; the same stages given again go on")
+
+
+if __name__ == "__main__":
+    flags = parse_args()
+    sys.exit(runtime.run_main(lambda: work(flags), lambda: runtime.command_line(sys.argv[0], sys.argv[1:])))
