@@ -26,7 +26,7 @@ from sparsity.controls import ControlBench, measure_controls, require_comparable
 from sparsity.data import DATASETS
 from sparsity.deal import Item, dealt, work_items
 from sparsity.engine import ENGINES, require_supported
-from sparsity.evaluation import default_batch_size, inference_copy
+from sparsity.evaluation import compiled, default_batch_size, inference_copy
 from sparsity.export import Builder, Export, add_export_flags, refuse_export_clashes
 from sparsity.extras import find_exports, find_missing, make_extras
 from sparsity.files import SweepFiles
@@ -172,7 +172,8 @@ def run_sweep(args: argparse.Namespace, team: Ranks) -> None:
     del saved, dense
 
     with tqdm(unit="img", disable=None, leave=False) as bar:
-        bench = Bench(sweep, inference, test, positions, args.batch_size, bar, args.engine, extras)
+        fast = compiled(inference, test, args.batch_size) if args.compile == "on" else None
+        bench = Bench(sweep, inference, test, positions, args.batch_size, bar, args.engine, extras, fast)
         measure_missing(bench, subjects, missing, team)
     if team.first:
         compare_controls(args, bench, paths[0])

@@ -57,7 +57,6 @@ from sparsity.training import (
     make_optimizer,
     make_schedule,
     memory_format,
-    resolve_compile,
     step_function,
     train_one_epoch,
 )
@@ -88,12 +87,6 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
         "--save_every", type=integer(1), default=10, help="epochs between numbered checkpoints (%(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the training state in --checkpoint_dir")
-    parser.add_argument(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="compile the training step; auto is on for CUDA, off elsewhere (%(default)s)",
-    )
     add_machine_flags(parser)
     return parser
 
@@ -149,7 +142,6 @@ def train(args: argparse.Namespace, team: Ranks) -> None:
     if not state:
         announce_replacement(args, stem)
     device = set_up_machine(args, team)
-    args.compile = resolve_compile(args.compile, device)
     runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir")
     with team.in_turn("images"):
         training, test, data = load_images(source)

@@ -71,6 +71,12 @@ class Bench:
     bar: tqdm
     engine: str = "dense"  # of engine.ENGINES
     extras: tuple[Extra, ...] = ()
+    fast: nn.Module | None = None  # what runs `inference` where that is compiled
+
+    @property
+    def network(self) -> nn.Module:
+        """What runs a dense network whose weights are in `inference`."""
+        return self.fast or self.inference
 
 
 def measure_dense(bench: Bench, name: str, dense: nn.Module, team: Ranks) -> None:
@@ -79,7 +85,7 @@ def measure_dense(bench: Bench, name: str, dense: nn.Module, team: Ranks) -> Non
     UserError when it gives no finite outputs.
     """
     refresh(bench.inference, dense)
-    result = evaluate_shared(team, bench.inference, bench.test, bench.batch_size, bench.bar.update)
+    result = evaluate_shared(team, bench.network, bench.test, bench.batch_size, bench.bar.update)
     if not torch.isfinite(torch.tensor(result.loss)):
         raise runtime.UserError(f"{name} gives outputs that are not finite; its weights are damaged")
     counts = census(dense, {}, bench.positions)
@@ -102,6 +108,8 @@ def measure(bench: Bench, pruned: Pruned) -> None:
     network = run_by(engine, bench.inference, few_images(bench))
     if isinstance(network, SparseNetwork):
         notes.append(network.words())
+    elif network is bench.inference:
+        network = bench.network
     result = evaluate(network, bench.test, bench.batch_size, bench.bar.update)
     predictions = result.predictions.numpy()
     row = Row(

@@ -11,7 +11,7 @@ import torch
 
 from sparsity.ranks import Ranks
 from sparsity.rows import level_text
-from sparsity.runtime import resolve_device, resolve_precision, seed_everything
+from sparsity.runtime import UserError, resolve_device, resolve_precision, seed_everything
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -114,9 +114,16 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=integer(1, 4096), help="CPU threads (torch's choice); part of repeatability")
     parser.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile the network first; auto is on for CUDA, off elsewhere (%(default)s)",
+    )
+    parser.add_argument(
         "--deterministic",
-        action="store_true",
-        help="the same bits again on the same hardware, versions and threads, on a GPU too, where it costs time",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the same bits again on the same hardware, versions and threads, on a GPU too, where it costs time (off)",
     )
     parser.add_argument(
         "--images_dir", type=Path, default=Path("images"), help="where plots and tables go (%(default)s)"
@@ -139,6 +146,17 @@ def apply_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
+def resolve_compile(name: str, device: torch.device, deterministic: bool = False) -> str:
+    """'on' or 'off'; 'auto' is on for CUDA, and off elsewhere: on a CPU compiling was measured not to pay.
+
+    It is off as well for `deterministic`, since a compiler that times its kernels may take others the next time; 'on'
+    beside that raises UserError.
+    """
+    if deterministic and name == "on":
+        raise UserError("--compile on may give other bits the next time; leave it or --deterministic out")
+    return name if name != "auto" else ("on" if device.type == "cuda" and not deterministic else "off")
+
+
 def make_deterministic(wanted: bool) -> None:
     """Let torch take algorithms only that give the same bits each time (or again any); an error where it has none."""
     if wanted:
@@ -152,6 +170,7 @@ def set_up_machine(args: argparse.Namespace, team: Ranks) -> torch.device:
     make_deterministic(args.deterministic)
     device = resolve_device(args.device, team.local_rank if team.size > 1 else None)
     args.device = str(device)
+    args.compile = resolve_compile(args.compile, device, args.deterministic)
     args.precision = resolve_precision(args.precision, device)
     args.threads = apply_threads(args.threads)
     seed_everything(args.seed)

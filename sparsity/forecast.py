@@ -41,7 +41,7 @@ def announce(bench: Bench, missing: dict[str, Panel], subjects: Subjects, proces
     costs: dict[str, float] = {}
     if networks:
         panels = list(missing.values())
-        rate = evaluation_rate(bench.inference, test, bench.batch_size)
+        rate = evaluation_rate(bench.network, test, bench.batch_size)
         levels = count_levels(panels)
         means = subjects.open(next(iter(missing))).means
         recoveries = {recovery: recovery_seconds(recovery, means, rate) for recovery in levels}

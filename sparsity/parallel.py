@@ -1,5 +1,6 @@
 """Work on which all processes of a run are at once: evaluation, and the steps of training."""
 
+import inspect
 import os
 from collections.abc import Callable
 
@@ -12,6 +13,13 @@ from sparsity.data import Split
 from sparsity.evaluation import Evaluation, answer, count
 from sparsity.ranks import Ranks, share
 from sparsity.runtime import UserError
+
+# What leaves each process its own BatchNorm statistics within an epoch has got another name.
+KEEP_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 def evaluate_shared(
@@ -55,7 +63,7 @@ def replicate(network: nn.Module, team: Ranks) -> nn.Module:
     """
     if team.size == 1:
         return network
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **{KEEP_BUFFERS: False})
 
 
 def share_batchnorm(model: nn.Module, team: Ranks) -> nn.Module:

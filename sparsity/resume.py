@@ -19,7 +19,7 @@ EXPERIMENT = (
     *("dataset", "image_size", "arch", "width", "optimizer", "momentum", "weight_decay", "seed", "precision"),
     *("recipe", *RECIPES["reference"]),
 )
-MACHINE = ("device", "threads", "compile")  # these change the last bits only; that is said
+MACHINE = ("device", "threads", "compile", "deterministic")  # these change the last bits only; that is said
 KEPT = (*EXPERIMENT, "epochs", "save_every", *MACHINE, "data_dir")  # what a checkpoint keeps of the flags
 HISTORY_COLUMNS = ("epoch", "learning_rate", "loss", "training_accuracy", "test_loss", "test_accuracy", "seconds")
 # What the settings of files mean that were written before these were settings.
@@ -27,6 +27,7 @@ ALWAYS_KEPT = ("batch_size", "learning_rate", "T_max")
 FORMERLY = {name: value for name, value in RECIPES["reference"].items() if name not in ALWAYS_KEPT} | {
     "recipe": "reference",
     "compile": "off",
+    "deterministic": False,
 }
 
 

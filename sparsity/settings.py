@@ -42,6 +42,8 @@ def describe_run(
             "finetune": tuned and f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
             "engine": args.engine if _may_be_sparse(args) else None,
             "torch": str(torch.__version__),
+            "compile": args.compile == "on" or None,
+            "deterministic": args.deterministic or None,
         },
         "data": inputs.describe_data(source, test, classes),
         "checkpoints": checkpoints,

@@ -113,11 +113,6 @@ class MovingAverage(AveragedModel):
         self.n_averaged += 1
 
 
-def resolve_compile(name: str, device: torch.device) -> str:
-    """'on' or 'off'; 'auto' is on for CUDA, and off elsewhere: on a CPU compiling was measured not to pay."""
-    return name if name != "auto" else ("on" if device.type == "cuda" else "off")
-
-
 class CompiledStep(nn.Module):
     """Runs `model` in training, compiled for batches of `batch_size`; another size runs by `model` as it is.
 
@@ -197,7 +192,8 @@ def train_one_epoch(
             logits = forward(images.contiguous(memory_format=layout))
         begin, end = share(len(labels), team.rank, team.size)
         mine = labels[begin:end]
-        loss = F.cross_entropy(logits.float(), mine, label_smoothing=label_smoothing)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, mine, label_smoothing=label_smoothing)
         (loss * (len(mine) * team.size / len(labels)) if team.size > 1 else loss).backward()
         optimizer.step()
         after_step()

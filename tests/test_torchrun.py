@@ -69,10 +69,9 @@ def images(tmp_path_factory):
     return write_image_folder(tmp_path_factory.mktemp("more") / "colours", train=40, test=120)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_gradients_of_one_step_are_those_of_one_process(tmp_path, processes):
+def test_gradients_of_one_step_are_those_of_one_process(tmp_path):
     out = tmp_path / "found.json"
-    run_to_the_end(processes, "tests/gradients.py", out)
+    run_to_the_end(3, "tests/gradients.py", out)
     found = json.loads(out.read_text())
     assert len(found) == 4
     for name, distance in found.items():

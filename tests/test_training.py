@@ -11,6 +11,7 @@ from torch import nn
 
 import Build_Resnet
 from sparsity.data import normalise, training_batches
+from sparsity.flags import resolve_compile
 from sparsity.runtime import UserError
 from sparsity.training import (
     OPTIMIZERS,
@@ -18,7 +19,6 @@ from sparsity.training import (
     make_optimizer,
     make_schedule,
     memory_format,
-    resolve_compile,
     step_function,
     train_one_epoch,
 )
