@@ -1,5 +1,8 @@
-"""Small networks and made images that the tests share."""
+"""Small networks, made images, a training and a sweep that the tests share."""
 
+import gc
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,26 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import pruning
 import run
 from sparsity.data import Split
 from sparsity.files import SweepFiles
 
 CLASSES = ("green", "red", "violet")
 TINY = ["--arch", "resnet18", "--width", "4", "--image_size", "8", "--batch_size", "16", "--precision", "fp32"]
+
+
+def pytest_configure():
+    """Tests run side by side, one process a core; more threads than that, here or in what is started, only wait."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: to look through it for garbage over and over takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 class SmallNet(nn.Module):
@@ -110,6 +127,30 @@ def trained(image_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(trained) -> Path:
     return trained / "checkpoints" / "colours_resnet18_ckpt_epoch3.pth"
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(image_folder, tmp_path_factory) -> Path:
+    """A network of the same kind, trained from another seed."""
+    out = tmp_path_factory.mktemp("other")
+    assert run.main(train_arguments(image_folder, out, "--epochs", "1", "--seed", "1")) == 0
+    return out / "checkpoints" / "colours_resnet18_ckpt_epoch1.pth"
+
+
+@pytest.fixture(scope="session")
+def sweep_of_two(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The folder of a finished sweep of `tiny_checkpoint` at 0 and 50 percent, with --precision fp32 --threads 1."""
+    out = tmp_path_factory.mktemp("two")
+    flags = ["--images_dir", str(out), "--precision", "fp32", "--threads", "1", "--levels", "0,50"]
+    assert pruning.main([*flags, "--checkpoint", str(tiny_checkpoint)]) == 0
+    return out
+
+
+@pytest.fixture
+def swept_at_two(sweep_of_two, tmp_path) -> Path:
+    """A test's own folder, in which that sweep has run: the table."""
+    shutil.copytree(sweep_of_two, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "colours_resnet18_pruning.csv"
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Sparse arithmetic: the same outputs as dense kernels give, chosen by zeros alone, refused where it cannot be."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -100,7 +101,9 @@ def test_thin_networks_and_blocks_without_a_branch_run_sparse():
         assert apart(network(images(9)), inference(images(9))) <= 1e-5
 
 
-def test_kernels_may_be_mixed():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernels_may_be_mixed(threads):
+    torch.set_num_threads(threads)
     inference = pruned_copy("resnet50", 90)
     names = list(choose_kernels(inference, EXAMPLE, "sparse")[0])
     kernels = {name: ("csr", "conv")[index % 2] for index, name in enumerate(names)}
@@ -110,16 +113,21 @@ def test_kernels_may_be_mixed():
     assert network.words() == f"sparse arithmetic in {(len(names) + 1) // 2} of {len(names)} convolutions"
 
 
+@pytest.fixture(scope="module")
+def wide_copy():
+    """An inference copy of full width for each level, made once: that takes longer than the tests."""
+    return functools.cache(functools.partial(pruned_copy, "resnet18", width=64))
+
+
 @pytest.mark.parametrize(("level", "sparse"), [(0, False), (50, False), (80, False), (95, True), (99, True)])
-def test_auto_goes_by_the_zeros(level, sparse):
-    inference = pruned_copy("resnet18", level, width=64)
+def test_auto_goes_by_the_zeros(wide_copy, level, sparse):
+    inference = wide_copy(level)
     assert isinstance(run_by("auto", inference, images(2)), SparseNetwork) == sparse
     assert run_by("dense", inference, images(2)) is inference
 
 
-def test_the_estimate_falls_with_density():
-    levels = (50, 80, 90, 95, 99)
-    gains = [choose_kernels(pruned_copy("resnet18", level, width=64), EXAMPLE, "sparse")[1] for level in levels]
+def test_the_estimate_falls_with_density(wide_copy):
+    gains = [choose_kernels(wide_copy(level), EXAMPLE, "sparse")[1] for level in (50, 80, 90, 95, 99)]
     assert gains == sorted(gains)
     assert gains[0] < 1 < gains[-1]
 

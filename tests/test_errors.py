@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -19,46 +19,56 @@ class Evil:
         return os.system, ("touch pwned",)
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch, tiny_checkpoint, image_folder):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_checkpoint):
     """A working folder with a good checkpoint, good images, and several bad ones."""
-    monkeypatch.chdir(tmp_path)
+    root = tmp_path_factory.mktemp("made")
     content = torch.load(tiny_checkpoint, weights_only=True)
     content["data"]["data_dir"] = "colours"
-    write_image_folder(tmp_path / "colours")
-    torch.save(content, "good.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:-500])
-    (tmp_path / "text.pth").write_text("these are no weights")
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"net": Evil()}))
-    (tmp_path / "file").write_text("a file where a folder should be")
+    write_image_folder(root / "colours")
+    torch.save(content, root / "good.pth")
+    (root / "cut.pth").write_bytes((root / "good.pth").read_bytes()[:-500])
+    (root / "text.pth").write_text("these are no weights")
+    (root / "evil.pth").write_bytes(pickle.dumps({"net": Evil()}))
+    (root / "file").write_text("a file where a folder should be")
     net = content["net"]
-    torch.save({"net": net | {"linear.weight": net["linear.weight"] * float("nan")}}, "nan.pth")
-    torch.save({"net": {name: value for name, value in net.items() if name != "bn1.weight"}}, "misfit.pth")
-    torch.save({"net": net, "epoch": 1}, "bare.pth")
-    torch.save(content | {"model": content["model"] | {"width": 8}}, "width.pth")
-    write_image_folder(tmp_path / "broken")
-    (tmp_path / "broken" / "test" / "red" / "001.png").write_bytes(b"no image")
-    write_image_folder(tmp_path / "uneven")
-    for path in sorted((tmp_path / "uneven" / "train" / "red").iterdir()):
-        path.unlink()
-    (tmp_path / "uneven" / "train" / "red").rmdir()
-    write_image_folder(tmp_path / "renamed")
+    torch.save({"net": net | {"linear.weight": net["linear.weight"] * float("nan")}}, root / "nan.pth")
+    torch.save({"net": {name: value for name, value in net.items() if name != "bn1.weight"}}, root / "misfit.pth")
+    torch.save({"net": net, "epoch": 1}, root / "bare.pth")
+    torch.save(content | {"model": content["model"] | {"width": 8}}, root / "width.pth")
+    write_image_folder(root / "broken")
+    (root / "broken" / "test" / "red" / "001.png").write_bytes(b"no image")
+    write_image_folder(root / "uneven")
+    shutil.rmtree(root / "uneven" / "train" / "red")
+    write_image_folder(root / "renamed")
     for split in ("train", "test"):
-        (tmp_path / "renamed" / split / "red").rename(tmp_path / "renamed" / split / "orange")
-    torch.save(content | {"settings": content["settings"] | {"batch_size": 0}}, "badrecipe.pth")
-    torch.save({"net": Build_Resnet.resnet18(width=2).state_dict()}, "ten.pth")
-    torch.save(content | {"model": content["model"] | {"widths": {"layer1.0.conv1": 3}}}, "thin.pth")
-    torch.save(content | {"model": content["model"] | {"widths": {"layer1.0.conv1": 300}}}, "widths.pth")
-    checkpoint.save_packed(Path("torn.npz"), content)
-    (tmp_path / "torn.npz").write_bytes((tmp_path / "torn.npz").read_bytes()[:-100])
-    (tmp_path / "text.npz").write_text("these are no weights")
-    (tmp_path / "folder.npz").mkdir()
-    torch.save(content | {"epoch": 2, "settings": content["settings"] | {"T_max": 1}}, "zerorate.pth")
-    write_image_folder(tmp_path / "torn")
-    (tmp_path / "torn" / "train" / "red" / "001.png").write_bytes(b"no image")
-    (tmp_path / "states").mkdir()
-    torch.save(content, "states/colours_resnet18_last.pth")
-    return tmp_path
+        (root / "renamed" / split / "red").rename(root / "renamed" / split / "orange")
+    torch.save(content | {"settings": content["settings"] | {"batch_size": 0}}, root / "badrecipe.pth")
+    torch.save({"net": Build_Resnet.resnet18(width=2).state_dict()}, root / "ten.pth")
+    torch.save(content | {"model": content["model"] | {"widths": {"layer1.0.conv1": 3}}}, root / "thin.pth")
+    torch.save(content | {"model": content["model"] | {"widths": {"layer1.0.conv1": 300}}}, root / "widths.pth")
+    checkpoint.save_packed(root / "torn.npz", content)
+    (root / "torn.npz").write_bytes((root / "torn.npz").read_bytes()[:-100])
+    (root / "text.npz").write_text("these are no weights")
+    (root / "folder.npz").mkdir()
+    torch.save(content | {"epoch": 2, "settings": content["settings"] | {"T_max": 1}}, root / "zerorate.pth")
+    write_image_folder(root / "torn")
+    (root / "torn" / "train" / "red" / "001.png").write_bytes(b"no image")
+    (root / "states").mkdir()
+    torch.save(content, root / "states" / "colours_resnet18_last.pth")
+    return root
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy of that folder, of its own, to work in."""
+    return work_in(made, tmp_path / "place", monkeypatch)
+
+
+def work_in(source, copy, monkeypatch):
+    shutil.copytree(source, copy)
+    monkeypatch.chdir(copy)
+    return copy
 
 
 SMALL = "--arch resnet18 --width 2 --image_size 8 --epochs 1"
@@ -238,28 +248,41 @@ def test_a_full_disk_is_told_before_training(place, capsys, monkeypatch):
     assert not list((place / "checkpoints").iterdir())
 
 
-def test_damaged_rows_are_told_and_left(place, capsys):
-    arguments = ["--checkpoint", "good.pth", "--levels", "0,50", "--threads", "1"]
-    assert pruning.main(arguments) == 0
-    table = place / "images" / "colours_resnet18_pruning.csv"
+SWEPT = ["--checkpoint", "good.pth", "--levels", "0,50", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def made_and_swept(made, tmp_path_factory):
+    """That folder with a sweep that is done."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = work_in(made, tmp_path_factory.mktemp("swept") / "place", patch)
+        assert pruning.main(SWEPT) == 0
+    return folder
+
+
+@pytest.fixture
+def swept_place(made_and_swept, tmp_path, monkeypatch):
+    return work_in(made_and_swept, tmp_path / "place", monkeypatch)
+
+
+def test_damaged_rows_are_told_and_left(swept_place, capsys):
+    table = swept_place / "images" / "colours_resnet18_pruning.csv"
     table.write_text(table.read_text()[:-40])
-    before = files(place)
-    assert pruning.main(arguments) == 1
+    before = files(swept_place)
+    assert pruning.main(SWEPT) == 1
     assert "cannot be read" in capsys.readouterr().err
-    assert files(place) == before
-    assert pruning.main([*arguments, "--restart"]) == 0
+    assert files(swept_place) == before
+    assert pruning.main([*SWEPT, "--restart"]) == 0
 
 
 @pytest.mark.parametrize(
     "flags", ["--recover batchnorm --data_dir torn", "--recover batchnorm --calibration_images 49"]
 )
 @pytest.mark.parametrize("restart", [[], ["--restart"]])
-def test_a_run_that_cannot_start_loses_no_rows(place, capsys, flags, restart):
-    arguments = ["--checkpoint", "good.pth", "--levels", "0,50", "--threads", "1"]
-    assert pruning.main(arguments) == 0
-    tables = {path: path.read_bytes() for path in (place / "images").iterdir() if path.suffix != ".json"}
-    assert pruning.main([*arguments, "--recover", "batchnorm", *flags.split(), *restart]) == 1
+def test_a_run_that_cannot_start_loses_no_rows(swept_place, capsys, flags, restart):
+    tables = {path: path.read_bytes() for path in (swept_place / "images").iterdir() if path.suffix != ".json"}
+    assert pruning.main([*SWEPT, "--recover", "batchnorm", *flags.split(), *restart]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert {path: path.read_bytes() for path in tables} == tables
-    assert pruning.main(arguments) == 0
+    assert pruning.main(SWEPT) == 0
     assert "2 rows in" in capsys.readouterr().out

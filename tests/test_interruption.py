@@ -89,7 +89,7 @@ def test_a_killed_training_resumes_to_the_bit(undisturbed, images, tmp_path, att
 @pytest.fixture(scope="module")
 def sweep_flags(undisturbed):
     path = next((undisturbed[0] / "checkpoints").glob("*_epoch6.pth"))
-    return ["--checkpoint", str(path), "--precision", "fp32", "--threads", "1", "--levels", "0:100:2.5"]
+    return ["--checkpoint", str(path), "--precision", "fp32", "--threads", "1", "--levels", "0:100:5"]
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,10 @@ def test_exactly_the_share_is_masked_in_every_layer(small_net, level):
         assert int((layer.weight_mask == 0).sum()) == round(level / 100 * layer.weight.numel())
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("level", [5, 50, 95])
-def test_kept_weights_are_larger_than_masked_ones_and_unchanged(small_net, level):
+def test_kept_weights_are_larger_than_masked_ones_and_unchanged(small_net, level, threads):
+    torch.set_num_threads(threads)
     _, layers = pruned(small_net, level)
     for name, layer in layers.items():
         dense = small_net.get_submodule(name).weight

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,11 +55,7 @@ def test_what_is_timed_is_what_is_evaluated():
     assert torch.equal(received(images), network(images))
 
 
-def test_alone_there_is_no_speedup():
-    assert time_inference(copy_of(2), None, 8, 1, CPU).speedup is None
-
-
-def test_memory_is_that_of_inference_and_not_of_loading():
+def test_memory_is_that_of_inference_and_not_of_loading_and_alone_there_is_no_speedup():
     """A network of 90 MB with small activations: loading needs it twice, inference once."""
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 120_000), torch.nn.ReLU())
     speed = time_inference(network.eval(), None, 8, 1, CPU)
@@ -66,6 +63,7 @@ def test_memory_is_that_of_inference_and_not_of_loading():
     activations = 2 * 128 * 120_000 * 4 / 1e6
     grown = speed.peak_memory_mb - speed.base_memory_mb
     assert weights < grown < weights + activations + 100
+    assert speed.speedup is None
 
 
 def test_a_process_that_fails_is_told():
@@ -114,9 +112,8 @@ def _children(process):
     return tasks.read_text().split() if tasks.exists() else []
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Timing without fresh processes, for tests of what is made of the figures."""
+def without_processes(monkeypatch):
+    """Timing without fresh processes, for tests of what is made of the figures; the networks that are timed."""
     calls = []
 
     def answer(network, reference, image_size, threads, device, engine):
@@ -127,6 +124,27 @@ def quick(monkeypatch):
 
     monkeypatch.setattr("sparsity.stopwatch.time_inference", answer)
     return calls
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    return without_processes(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def sweep_with_times(tiny_checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("timed")
+    with pytest.MonkeyPatch.context() as patch:
+        without_processes(patch)
+        assert sweep(out, "--checkpoint", tiny_checkpoint, "--levels", "0,50", "--measure") == 0
+    return out
+
+
+@pytest.fixture
+def timed(sweep_with_times, tmp_path, quick):
+    """The table of a sweep with times, in the test's own folder."""
+    shutil.copytree(sweep_with_times, tmp_path, dirs_exist_ok=True)
+    return table(tmp_path)
 
 
 def test_every_row_is_measured_in_a_fresh_process(tiny_checkpoint, tmp_path):
@@ -152,9 +170,8 @@ def test_filters_are_timed_as_the_smaller_network_and_masks_as_the_dense_one(tin
     assert "filter_l1 uniform: throughput of the smaller network against dense, 0 %: 1.00x" in out
 
 
-def test_times_are_added_to_rows_that_are_there_and_kept_by_later_runs(tiny_checkpoint, tmp_path, quick):
+def test_times_are_added_to_rows_that_are_there_and_kept_by_later_runs(swept_at_two, tiny_checkpoint, tmp_path, quick):
     flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,50"]
-    assert sweep(tmp_path, *flags) == 0
     assert [row["throughput"] for row in rows_of(table(tmp_path))] == ["", ""]
     assert sweep(tmp_path, *flags, "--measure") == 0
     timed = rows_of(table(tmp_path))
@@ -166,22 +183,17 @@ def test_times_are_added_to_rows_that_are_there_and_kept_by_later_runs(tiny_chec
     assert [row["throughput"] for row in rows_of(table(tmp_path))] == [row["throughput"] for row in timed]
 
 
-def test_tables_from_before_there_were_sizes_and_times_are_read(tiny_checkpoint, tmp_path):
-    flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,50"]
-    assert sweep(tmp_path, *flags) == 0
-    path = table(tmp_path)
+def test_tables_from_before_there_were_sizes_and_times_are_read(swept_at_two, tiny_checkpoint, tmp_path):
+    path = swept_at_two
     path.write_text("".join(",".join(line.split(",")[:20]) + "\n" for line in path.read_text().splitlines()))
     assert [row.file_bytes for row in read_sweep(SweepFiles(path.with_suffix(""))).table()] == [None, None]
-    assert sweep(tmp_path, *flags) == 0
+    assert sweep(tmp_path, "--checkpoint", tiny_checkpoint, "--levels", "0,50") == 0
 
 
 @pytest.mark.parametrize("wrong", ["-1", "nan", "inf", "many"])
-def test_sizes_and_times_that_cannot_be_are_refused(tiny_checkpoint, tmp_path, quick, capsys, wrong):
-    flags = ["--checkpoint", tiny_checkpoint, "--levels", "50", "--measure"]
-    assert sweep(tmp_path, *flags) == 0
-    path = table(tmp_path)
-    path.write_text(path.read_text().replace(rows_of(path)[0]["latency_ms"], wrong))
-    assert sweep(tmp_path, *flags) == 1
+def test_sizes_and_times_that_cannot_be_are_refused(timed, tiny_checkpoint, tmp_path, capsys, wrong):
+    timed.write_text(timed.read_text().replace(rows_of(timed)[0]["latency_ms"], wrong))
+    assert sweep(tmp_path, "--checkpoint", tiny_checkpoint, "--levels", "0,50", "--measure") == 1
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -261,9 +273,8 @@ def read_sweep_without_times(found):
     return found
 
 
-def test_times_of_another_machine_or_engine_are_not_mixed_in(tiny_checkpoint, tmp_path, quick, capsys):
+def test_times_of_another_machine_or_engine_are_not_mixed_in(timed, tiny_checkpoint, tmp_path, capsys):
     flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,50", "--measure"]
-    assert sweep(tmp_path, *flags) == 0
     before = table(tmp_path).read_text()
     assert sweep(tmp_path, *flags, "--engine", "dense") == 1
     assert "holds times of another machine, engine" in capsys.readouterr().err
@@ -295,8 +306,8 @@ def test_controls_of_other_test_images_are_measured_again(tiny_checkpoint, tmp_p
     assert not list(tmp_path.glob("*.old"))
 
 
-def test_nothing_is_drawn_where_nothing_was_measured(tiny_checkpoint, tmp_path):
-    assert sweep(tmp_path, "--checkpoint", tiny_checkpoint, "--levels", "0,50") == 0
-    assert not list(tmp_path.glob("*_savings.png"))
-    with table(tmp_path).open() as file:
+def test_nothing_is_drawn_where_nothing_was_measured(sweep_of_two):
+    assert list(sweep_of_two.glob("*_layers.png"))
+    assert not list(sweep_of_two.glob("*_savings.png"))
+    with table(sweep_of_two).open() as file:
         assert all(row["file_bytes"] == "" for row in csv.DictReader(file))

@@ -6,12 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import train_arguments
 from PIL import Image
 from plain_loop import load_images, plain_result
 
 import pruning
-import run
 from sparsity import checkpoint
 from sparsity.data import Source
 from sparsity.files import SweepFiles
@@ -109,9 +107,8 @@ def test_a_finished_sweep_takes_more_levels_and_keeps_its_rows(swept, tiny_check
         assert all(np.array_equal(mine[name], other[name]) for name in other.files)
 
 
-def test_rows_of_other_settings_are_never_mixed_in(swept, tiny_checkpoint, tmp_path, capsys):
+def test_rows_of_other_settings_are_never_mixed_in(swept_at_two, tiny_checkpoint, tmp_path, capsys):
     arguments = ["--checkpoint", tiny_checkpoint, "--levels", "0,50"]
-    assert sweep(tmp_path, *arguments) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for flags, named in (
         (["--max_test_images", 12], "test_images (24 there, 12 now)"),
@@ -122,21 +119,18 @@ def test_rows_of_other_settings_are_never_mixed_in(swept, tiny_checkpoint, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert sweep(tmp_path, *arguments, "--seed", 5, "--name", "other") == 0
     assert sweep(tmp_path, *arguments, "--max_test_images", 12, "--restart") == 0
-    assert len(rows_of(tmp_path / "colours_resnet18_pruning.csv")) == 2
+    assert len(rows_of(swept_at_two)) == 2
 
 
-def test_a_restart_measures_again(tiny_checkpoint, tmp_path):
-    arguments = ["--checkpoint", tiny_checkpoint, "--levels", "0,50"]
-    assert sweep(tmp_path, *arguments) == 0
-    path = tmp_path / "colours_resnet18_pruning.csv"
+def test_a_restart_measures_again(swept_at_two, tiny_checkpoint, tmp_path):
+    path = swept_at_two
     path.write_text(path.read_text().replace("l1,uniform,none,50,", "l1,uniform,none,55,"))  # a row to be rid of
-    assert sweep(tmp_path, *arguments, "--restart") == 0
+    assert sweep(tmp_path, "--checkpoint", tiny_checkpoint, "--levels", "0,50", "--restart") == 0
     assert [row["level"] for row in rows_of(path)] == ["0", "50"]
 
 
-def test_several_checkpoints_are_seeds_of_one_experiment(image_folder, tiny_checkpoint, tmp_path, capsys):
-    assert run.main(train_arguments(image_folder, tmp_path, "--epochs", "1", "--seed", "1")) == 0
-    other = tmp_path / "checkpoints" / "colours_resnet18_ckpt_epoch1.pth"
+def test_several_checkpoints_are_seeds_of_one_experiment(tiny_checkpoint, other_checkpoint, tmp_path, capsys):
+    other = other_checkpoint
     capsys.readouterr()
     assert sweep(tmp_path, "--checkpoint", tiny_checkpoint, other, "--levels", "0,50,100") == 0
     rows = rows_of(tmp_path / "colours_resnet18_pruning.csv")
@@ -185,13 +179,12 @@ def test_a_checkpoint_that_has_zeros_is_swept_like_any_other(tiny_checkpoint, tm
     assert 5 < sparsity[0] < 50 < sparsity[1] < 100 == sparsity[2]
 
 
-def test_a_renamed_checkpoint_and_another_under_its_old_name(image_folder, tiny_checkpoint, tmp_path):
-    assert run.main(train_arguments(image_folder, tmp_path, "--epochs", "1", "--seed", "1")) == 0
+def test_a_renamed_checkpoint_and_another_under_its_old_name(tiny_checkpoint, other_checkpoint, tmp_path):
     old, new = tmp_path / "net.pth", tmp_path / "net_old.pth"
     old.write_bytes(tiny_checkpoint.read_bytes())
     assert sweep(tmp_path, "--checkpoint", old, "--levels", "0,50") == 0
     old.rename(new)
-    old.write_bytes((tmp_path / "checkpoints" / "colours_resnet18_ckpt_epoch1.pth").read_bytes())
+    old.write_bytes(other_checkpoint.read_bytes())
     table = tmp_path / "colours_resnet18_pruning.csv"
     first = rows_of(table)
     assert sweep(tmp_path, "--checkpoint", old, new, "--levels", "0,50") == 0

@@ -64,7 +64,9 @@ def test_zeros_stay_exactly_zero(small_split, calibration, recovery, amount):
     assert torch.isfinite(model(torch.randn(3, 3, 8, 8))).all()
 
 
-def test_reconstruction_of_the_dense_network_keeps_its_weights_to_the_bit(calibration):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_reconstruction_of_the_dense_network_keeps_its_weights_to_the_bit(calibration, threads):
+    torch.set_num_threads(threads)
     dense = small_resnet()
     model = pruned(dense, 0.0)
     means = means_of(dense, calibration)
