@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 GLANCE = 0.05  # seconds between two looks at the store
 ROUND = 0.5  # seconds between two looks at the other processes
+SILENCE = 30.0  # seconds after which a process of another machine counts as dead
 
 
 class Ranks:
@@ -29,6 +30,7 @@ class Ranks:
         self.watching = False
         self._exchanges = 0
         self._processes: list[tuple[str, int]] = []  # of every rank: the machine, the process
+        self._beats: dict[int, tuple[bytes, float]] = {}  # of ranks elsewhere: the last sign of life, and since when
 
     @property
     def first(self) -> bool:
@@ -90,6 +92,20 @@ class Ranks:
         ]
         return [rank for rank in ended if not self.store.check([f"left/{rank}"])]
 
+    def silent(self) -> list[int]:
+        """The ranks on other machines that have given no sign of life for SILENCE seconds; gives one of its own."""
+        here = _machine()
+        elsewhere = [rank for rank, (machine, _) in enumerate(self._processes) if machine != here]
+        if elsewhere:
+            self.store.set(f"beat/{self.rank}", str(time.monotonic_ns()))
+        for rank in elsewhere:
+            key = f"beat/{rank}"
+            beat = self.store.get(key) if self.store.check([key]) else b""
+            if beat != self._beats.get(rank, (None, 0.0))[0]:
+                self._beats[rank] = beat, time.monotonic()
+        quiet = [rank for rank in elsewhere if time.monotonic() - self._beats[rank][1] > SILENCE]
+        return [rank for rank in quiet if not self.store.check([f"left/{rank}"])]
+
     def speaks_last(self) -> bool:
         """Whether this process is the one that says why the run ended; the answer is yes once in a run.
 
@@ -126,7 +142,8 @@ class Ranks:
     def _loss(self) -> str | None:
         """What is missing of the run, in words."""
         try:
-            return self.death()
+            silent = ", ".join(f"{rank} ({self._processes[rank][0].split()[0]})" for rank in self.silent())
+            return f"rank {silent} of {self.size} on another machine is silent" if silent else self.death()
         except RuntimeError:
             return "the store of torchrun is gone (another machine, or a process that died)"
 

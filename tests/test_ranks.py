@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -83,6 +84,22 @@ def test_a_process_that_is_gone_is_dead_unless_its_work_was_done():
     members[2].leave()
     assert members[0].dead() == [1]
     assert members[0].death() == f"rank 1 (process {ended.pid}) of 3 died; what was finished before is kept"
+
+
+def test_a_process_of_another_machine_is_dead_when_it_is_silent(monkeypatch):
+    monkeypatch.setattr(ranks, "SILENCE", 0.2)
+    here, there, left = members = teams(3)
+    together(members, lambda team: team.join())
+    (machine, process), *_ = here._processes
+    here._processes = [(machine, process), ("elsewhere", 1), ("elsewhere", 2)]
+    there._processes = [("elsewhere", 1), (machine, process), (machine, process)]
+    left.leave()
+    for _ in range(3):
+        assert there.silent() == here.silent() == []
+        time.sleep(0.15)
+    time.sleep(0.2)
+    assert here.silent() == [1]
+    assert here.dead() == []
 
 
 def test_a_single_process_needs_no_store():
