@@ -175,9 +175,7 @@ def compiled(inference: fx.GraphModule, split: Split, batch_size: int) -> Compil
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # the parent of all that torch raises while it compiles
-        raise UserError(
-            f"torch.compile does not work here ({one_line(error)[:160]}); leave the network as it is"
-        ) from error
+        raise UserError(f"torch.compile does not work here ({one_line(error)[:160]}); use --compile off") from error
     return network
 
 

@@ -4,7 +4,7 @@
 
 (a) is eager PyTorch in float32 and NCHW, on images that are normalised and augmented already. (b) is
 `sparsity.training` with augmentation, channels_last, and the precision that `--precision auto` takes on this machine;
-(c), with `--compile`, the same with the network through `torch.compile`. (d), with `--reference`, is the loop of the
+(c), with `--compile`, the same compiled, as by `--compile on` of run.py. (d), with `--reference`, is the loop of the
 reference study: float32 without TF32, batches of 60, PIL images transformed in a loader without workers, and a second
 pass over the training images for their accuracy, whose time counts. They take turns, and medians are compared. The
 share of the peak counts three times the operations of a forward pass for each training image, whatever else is done.
@@ -41,7 +41,7 @@ from timing import (
 
 from sparsity import runtime
 from sparsity.data import CIFAR10_STATISTICS, Split, normalise, training_batches
-from sparsity.training import make_optimizer, memory_format, train_one_epoch
+from sparsity.training import make_optimizer, memory_format, step_function, train_one_epoch
 
 REFERENCE_BATCH = 60
 
@@ -125,11 +125,16 @@ def make_contestants(
     kinds = {name: usual_kind(device)}
     for letter, compiling in [("b", False), ("c", True)][: 1 + args.compile]:
         ours = copy.deepcopy(start).to(device, memory_format=memory_format(start))
-        mine, network = optimizer_of(ours), torch.compile(ours) if compiling else ours
+        mine, step = optimizer_of(ours), step_function(ours, compiling, args.batch_size)
         name = f"({letter}) ours, {precision}{', compiled' * compiling}"
         kinds[name] = precision
-        works[name] = lambda network=network, optimizer=mine: train_one_epoch(
-            network, training_batches(on_device, args.batch_size, 0, 1), optimizer, runtime.dtype_of(precision), 1
+        works[name] = lambda model=ours, step=step, optimizer=mine: train_one_epoch(
+            model,
+            training_batches(on_device, args.batch_size, 0, 1),
+            optimizer,
+            runtime.dtype_of(precision),
+            1,
+            forward=step,
         )
     if args.reference:
         reference = copy.deepcopy(start).to(device)

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, unattended, in stages: correctness, speed, the reference recipe, sweeps, recovery.
 
     python tests/benchmarks/gpu_hour.py --archive cifar10-jpeg.tar.xz --out checkpoints/gpu_hour --stages 1 2
-    python tests/benchmarks/gpu_hour.py --small --out /tmp/small       # all of it in a few minutes on a CPU
+    python tests/benchmarks/gpu_hour.py --small --out checkpoints/small       # all of it in a few minutes on a CPU
 
 1  a short training, sweeps of it on the GPU and on the CPU that must agree within 0.1 point, and the tests
 2  images a second: bench_train.py at two batch sizes with the study's loop, bench_sweep.py with 21 whole levels
@@ -347,4 +347,4 @@ def work(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     flags = parse_args()
-    sys.exit(runtime.run_main(lambda: work(flags), lambda: runtime.command_line(sys.argv[0], sys.argv[1:])))
+    sys.exit(runtime.run_main(lambda team: work(flags), lambda: runtime.command_line(sys.argv[0], sys.argv[1:])))
