@@ -23,7 +23,6 @@ from sparsity.bench import Bench, Pruned, measure, measure_dense, tell_distant
 from sparsity.checkpoint import Checkpoint
 from sparsity.collector import Collector, share_sweep
 from sparsity.controls import ControlBench, measure_controls, require_comparable
-from sparsity.data import DATASETS
 from sparsity.deal import Item, dealt, work_items
 from sparsity.engine import ENGINES, require_supported
 from sparsity.evaluation import compiled, default_batch_size, inference_copy
@@ -58,6 +57,7 @@ from sparsity.rows import level_text, row_key
 from sparsity.runtime import UserError
 from sparsity.savings import savings_lines
 from sparsity.settings import describe_run
+from sparsity.sources import DATASETS
 from sparsity.stopwatch import Stopwatch
 from sparsity.subject import Subject, Subjects
 from sparsity.thinning import inner_convs

@@ -18,15 +18,7 @@ from tqdm import tqdm
 
 import Build_Resnet
 from sparsity import checkpoint, ranks, runtime
-from sparsity.data import (
-    DATASETS,
-    Source,
-    Split,
-    class_balanced_order,
-    default_image_size,
-    load_split,
-    training_batches,
-)
+from sparsity.data import Split, class_balanced_order, training_batches
 from sparsity.evaluation import Evaluation, default_batch_size, inference_copy, refresh
 from sparsity.flags import add_machine_flags, integer, number, parse_with_explicit, set_up_machine
 from sparsity.parallel import (
@@ -51,6 +43,7 @@ from sparsity.resume import (
     training_progress,
 )
 from sparsity.runtime import UserError
+from sparsity.sources import DATASETS, Source, default_image_size, load_split
 from sparsity.training import (
     OPTIMIZERS,
     MovingAverage,

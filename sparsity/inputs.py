@@ -10,20 +10,12 @@ import torch
 from sparsity.calibration import Calibration, draw_calibration
 from sparsity.checkpoint import Checkpoint
 from sparsity.criteria import NEEDS_CALIBRATION, READS_LABELS
-from sparsity.data import (
-    CIFAR10_STATISTICS,
-    CIFAR100_STATISTICS,
-    DATASETS,
-    Source,
-    Split,
-    class_balanced_order,
-    default_image_size,
-    load_split,
-)
+from sparsity.data import CIFAR10_STATISTICS, CIFAR100_STATISTICS, Split, class_balanced_order
 from sparsity.header import Curve
 from sparsity.recovery import NEED_CALIBRATION, NEED_TRAINING
 from sparsity.recovery.finetune import Finetuning, rewound_rates
 from sparsity.runtime import UserError
+from sparsity.sources import DATASETS, Source, default_image_size, load_split
 
 DEFAULT_CALIBRATION = 2048
 REFERENCE_TRAINING = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4}  # where a checkpoint tells no other

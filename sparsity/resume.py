@@ -8,10 +8,10 @@ import torch
 from torch import nn, optim
 
 from sparsity import checkpoint
-from sparsity.data import Source
 from sparsity.ranks import launched
 from sparsity.recipe import RECIPES, contradiction
 from sparsity.runtime import UserError, one_line
+from sparsity.sources import Source
 from sparsity.training import MovingAverage
 
 # What makes one experiment differ from another; a resumed run must not change these.

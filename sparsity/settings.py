@@ -7,9 +7,10 @@ import torch
 
 from sparsity import inputs, runtime
 from sparsity.checkpoint import Checkpoint
-from sparsity.data import Source, Split
+from sparsity.data import Split
 from sparsity.panel import Panel
 from sparsity.rows import level_text
+from sparsity.sources import Source
 
 
 def describe_run(

@@ -12,17 +12,9 @@ from torchvision import datasets
 from torchvision.transforms import functional as torchvision_functional
 
 from sparsity import data
-from sparsity.data import (
-    Source,
-    Split,
-    augment,
-    class_balanced_order,
-    cut_out,
-    load_split,
-    normalise,
-    training_batches,
-)
+from sparsity.data import Split, augment, class_balanced_order, cut_out, normalise, training_batches
 from sparsity.runtime import UserError
+from sparsity.sources import Source, load_split
 
 
 def random_images(count=20, size=12):

@@ -21,6 +21,7 @@ LAYERS = [
     {"recovery", "parallel"},
     {"criteria", "reconstruction", "batchnorm", "finetune", "thinning", "engine", "resume"},
     {"training", "evaluation", "checkpoint", "calibration", "allocation", "collector", "recipe"},
+    {"sources"},
     {"report", "data", "masks", "flags", "storage", "planes"},
     {"rows", "figures", "layout"},
     {"statistics", "synthetic", "header", "archive"},

@@ -11,11 +11,11 @@ from plain_loop import load_images, plain_result
 
 import pruning
 from sparsity import checkpoint
-from sparsity.data import Source
 from sparsity.files import SweepFiles
 from sparsity.flags import levels_type
 from sparsity.inputs import output_name
 from sparsity.report import read_sweep
+from sparsity.sources import Source
 from sparsity.statistics import wilson_interval
 
 

@@ -11,12 +11,12 @@ from test_run import assert_same, change, states, train
 import Build_Resnet
 import run
 from sparsity import checkpoint
-from sparsity.data import Source, load_split
 from sparsity.evaluation import evaluate, inference_copy
 from sparsity.inputs import finetuning_rates
 from sparsity.recovery.finetune import rewound_rates
 from sparsity.resume import KEPT
 from sparsity.runtime import UserError
+from sparsity.sources import Source, load_split
 
 REFERENCE = {
     "batch_size": 128,

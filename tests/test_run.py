@@ -10,7 +10,8 @@ from conftest import train_arguments
 
 import run
 from sparsity import checkpoint
-from sparsity.data import Source, class_balanced_order, load_split
+from sparsity.data import class_balanced_order
+from sparsity.sources import Source, load_split
 
 
 def states(path):

@@ -22,12 +22,13 @@ from timing import seconds
 import Build_Resnet
 from sparsity import checkpoint, runtime
 from sparsity.calibration import draw_calibration
-from sparsity.data import CIFAR10_STATISTICS, Source, Split, load_split
+from sparsity.data import CIFAR10_STATISTICS, Split
 from sparsity.evaluation import default_batch_size, evaluate, inference_copy
 from sparsity.flags import apply_threads
 from sparsity.masks import prunable_layers, zeros_by_layer
 from sparsity.pruner import Pruner
 from sparsity.recovery import RECOVERIES, Means
+from sparsity.sources import Source, load_split
 
 
 def parse_args() -> argparse.Namespace:
