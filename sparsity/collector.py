@@ -95,6 +95,9 @@ class Collector:
             self.require_well()
             time.sleep(GLANCE)
         self._stop = True
+        if self._thread.is_alive():
+            self._thread.join()  # it may be writing the last row
+        self.require_well()
 
 
 def share_sweep(ranks: Ranks, open_sweep: Callable[[], Sweep]) -> Sweep:

@@ -14,6 +14,7 @@ from torch import nn
 
 import pruning
 import run
+from sparsity import plots
 from sparsity.data import Split
 from sparsity.files import SweepFiles
 
@@ -151,6 +152,16 @@ def swept_at_two(sweep_of_two, tmp_path) -> Path:
     """A test's own folder, in which that sweep has run: the table."""
     shutil.copytree(sweep_of_two, tmp_path, dirs_exist_ok=True)
     return tmp_path / "colours_resnet18_pruning.csv"
+
+
+@pytest.fixture
+def undrawn(request, monkeypatch):
+    """For tests that look at no figure, whose drawing takes four fifths of a small sweep; not for those marked `drawn`.
+
+    The figures themselves are drawn and looked at in test_plots, and at the end of real sweeps in test_pruning.
+    """
+    if not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr(plots, "plot_all", lambda files: None)
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from sparsity.masks import prunable_layers, prune_l1_uniform
 from sparsity.planes import Plane, PlaneConv, to_csr
 from sparsity.runtime import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
 

@@ -13,6 +13,7 @@ from sparsity.files import SweepFiles
 from sparsity.masks import prunable_layers
 from sparsity.report import read_sweep
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 STEM = "colours_resnet18"
 
 

@@ -1,6 +1,6 @@
 """Real processes, killed at random moments, continue to the very numbers of an undisturbed run.
 
-KILLS=10 python -m pytest tests/test_interruption.py    kills ten times each instead of twice
+KILLS=10 python -m pytest tests/test_interruption.py    kills ten times each instead of once
 """
 
 import os
@@ -22,7 +22,7 @@ import pruning
 import run
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 EPOCHS = 6
 NETWORK = ["--arch", "resnet18", "--width", "4", "--image_size", "8", "--batch_size", "64"]
 

@@ -29,6 +29,7 @@ from sparsity.report import read_sweep
 from sparsity.runtime import UserError
 from sparsity.savings import pareto, savings_lines
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CPU = torch.device("cpu")
 
 
@@ -197,6 +198,7 @@ def test_sizes_and_times_that_cannot_be_are_refused(timed, tiny_checkpoint, tmp_
     assert "cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.drawn
 def test_controls_are_measured_beside_the_pruned_networks(image_folder, tiny_checkpoint, tmp_path, quick, capsys):
     small = train_arguments(image_folder, tmp_path, "--epochs", "1")
     small[small.index("--width") + 1] = "2"

@@ -27,6 +27,7 @@ from sparsity.recovery import RECOVERIES
 from sparsity.report import read_sweep
 from sparsity.runtime import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 STEM = "colours_resnet18_pruning"
 
 
