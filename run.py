@@ -134,6 +134,8 @@ def train(args: argparse.Namespace, team: Ranks) -> None:
     stem = state.path.name.removesuffix("_last.pth") if state else f"{source.name}_{args.arch}"
     if not state:
         announce_replacement(args, stem)
+    if team.size > 1 and args.compile == "auto":
+        args.compile = "off"  # never tried around collectives; --compile on does
     device = set_up_machine(args, team)
     runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir")
     with team.in_turn("images"):
@@ -162,6 +164,7 @@ def train(args: argparse.Namespace, team: Ranks) -> None:
                 model, batches, optimizer, dtype, epoch, bar.advance, after_step, args.label_smoothing,
                 forward=replicate(step, team), team=team,
             )  # fmt: skip
+        args.resume = bool(history)  # the first process has saved the epoch before, or this one would not have ended
         schedule.step()
         average_statistics(team, model, tested_network)
         refresh(inference, tested_network)
@@ -173,7 +176,7 @@ def train(args: argparse.Namespace, team: Ranks) -> None:
         if team.first:
             content = describe_network(args, tested_network, spec, data, history)
             save_epoch(args, stem, content, training_progress(model, average, optimizer, schedule, history))
-        args.resume = True  # from here on, an interruption can be continued
+            args.resume = True  # from here on, an interruption can be continued
 
     final = evaluate_shared(team, inference, test, default_batch_size(device))
     if team.first:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -169,11 +170,27 @@ def set_up_machine(args: argparse.Namespace, team: Ranks) -> torch.device:
     """Make the automatic choices of device, precision and threads, in `args`, and seed; before anything is drawn."""
     make_deterministic(args.deterministic)
     device = resolve_device(args.device, team.local_rank if team.size > 1 else None)
-    args.device = str(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    args.device = str(device) if team.size == 1 else device.type  # of several processes each has its own
     args.compile = resolve_compile(args.compile, device, args.deterministic)
     args.precision = resolve_precision(args.precision, device)
     args.threads = apply_threads(args.threads)
     seed_everything(args.seed)
     if args.precision == "fp32":  # by default CUDA rounds the inputs of convolutions to TF32
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    require_alike(args, team)
     return device
+
+
+def require_alike(args: argparse.Namespace, team: Ranks) -> None:
+    """UserError unless all processes have made the same choices: results of one run are told under one heading."""
+    choices = {name: getattr(args, name) for name in ("device", "precision", "compile", "threads")}
+    for name, values in _columns(team.gather(choices | {"torch": str(torch.__version__)})).items():
+        if len(values) > 1:
+            raise UserError(f"the processes differ in {name} ({', '.join(map(str, sorted(values)))}); make them alike")
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, set[Any]]:
+    """Name -> all values that it has in rows of the same names."""
+    return {name: {row[name] for row in rows} for name in rows[0]}

@@ -1,8 +1,8 @@
 """Work on which all processes of a run are at once: evaluation, and the steps of training."""
 
 import inspect
-import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ def evaluate_shared(
     Parts are whole batches, so that the result is the same to the bit whatever the number of processes.
     """
     begin, end = share(len(split), team.rank, team.size, batch_size)
-    part = split.take(torch.arange(begin, end))
+    part = replace(split, images=split.images[begin:end], labels=split.labels[begin:end])
     parts = team.gather(answer(network, part, batch_size, on_batch))
     predictions, losses = (torch.cat(each) for each in zip(*parts, strict=True))
     return count(predictions, losses, split.labels)
@@ -100,8 +100,13 @@ def require_enough(team: Ranks, device: torch.device, batch_size: int, images: i
     for what, number in (("--batch_size", batch_size), ("images in the training split:", images)):
         if number < least:
             raise UserError(f"{what} {number} is too small for {team.size} processes; each needs two images in a batch")
-    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if device.type == "cuda" and here > gpus:
-        raise UserError(f"{here} processes cannot train on {gpus} GPU{'s' * (gpus > 1)}; use --nproc_per_node={gpus}")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device.type} trains in one process; leave torchrun out, or use --device cpu")
+    if device.type == "cuda":
+        # Where each process sees only one card, they all call it number 0.
+        card = getattr(torch.cuda.get_device_properties(device), "uuid", device.index)
+        cards = team.gather((team.node, str(card)))
+        if len(set(cards)) < team.size:
+            raise UserError(
+                "two processes would train on one GPU; start no more than there are, and leave --device out"
+            )

@@ -1,5 +1,6 @@
 """The processes of one run, as torchrun starts them: who is who, who speaks, and what is said when one dies."""
 
+import math
 import os
 import pickle
 import platform
@@ -16,6 +17,11 @@ import torch.distributed as dist
 GLANCE = 0.05  # seconds between two looks at the store
 ROUND = 0.5  # seconds between two looks at the other processes
 SILENCE = 30.0  # seconds after which a process of another machine counts as dead
+PATIENCE = 120.0  # seconds in which all processes have to come by at the start
+
+
+class LostProcess(RuntimeError):
+    """A process of this run did not come, or is gone."""
 
 
 class Ranks:
@@ -29,7 +35,7 @@ class Ranks:
         self.rank, self.size, self.local_rank, self.node, self.store = rank, size, local_rank, node, store
         self.watching = False
         self._exchanges = 0
-        self._processes: list[tuple[str, int]] = []  # of every rank: the machine, the process
+        self._processes: dict[int, tuple[str, int]] = {}  # of every rank that was met: the machine, the process
         self._beats: dict[int, tuple[bytes, float]] = {}  # of ranks elsewhere: the last sign of life, and since when
 
     @property
@@ -37,10 +43,12 @@ class Ranks:
         """Whether this process is the one that speaks and writes."""
         return self.rank == 0
 
-    def wait_for(self, key: str) -> None:
-        """Wait until somebody has set `key`."""
-        while not self.store.check([key]):
+    def wait_for(self, key: str, seconds: float = math.inf) -> bool:
+        """Wait until somebody has set `key`, or so many seconds; whether it is set."""
+        until = time.monotonic() + seconds
+        while not (there := self.store.check([key])) and time.monotonic() < until:
             time.sleep(GLANCE)
+        return there
 
     def gather(self, value: Any) -> list[Any]:
         """What all processes give here, in the order of the ranks. Every process has to come by, in the same order."""
@@ -61,10 +69,14 @@ class Ranks:
 
     @contextmanager
     def in_turn(self, key: str) -> Iterator[None]:
-        """One process of each machine does the work first, such as a download; the others follow when it is done."""
+        """The first process works first, as on a download; then one of each other machine; then all others."""
         if self.local_rank:
             self.wait_for(f"{key}/{self.node}")
+        elif not self.first:
+            self.wait_for(f"{key}/first")
         yield
+        if self.size > 1 and self.first:
+            self.store.set(f"{key}/first", "done")
         if self.size > 1 and not self.local_rank:
             self.store.set(f"{key}/{self.node}", "done")
 
@@ -73,29 +85,50 @@ class Ranks:
         return self.size == 1 or self.store.add(key, 1) == 1
 
     def join(self) -> None:
-        """Meet the others: each tells where it runs. All of them come by before it returns."""
-        self._processes = self.gather((_machine(), os.getpid()))
+        """Meet the others: each tells where it runs. LostProcess when one has not come after PATIENCE seconds."""
+        if self.size == 1:
+            return
+        self.store.set(f"process/{self.rank}", pickle.dumps((_machine(), os.getpid())))
+        until = time.monotonic() + PATIENCE
+        for rank in range(self.size):
+            if not self.wait_for(f"process/{rank}", until - time.monotonic()):
+                raise LostProcess(f"rank {rank} of {self.size} did not start within {PATIENCE:.0f} s")
+        self._meet()
+
+    def _meet(self) -> None:
+        """Take note of all processes that have come."""
+        for rank in range(self.size):
+            if rank not in self._processes and self.store.check([f"process/{rank}"]):
+                self._processes[rank] = pickle.loads(self.store.get(f"process/{rank}"))
 
     def leave(self) -> None:
-        """Tell the others that this process ends because its work is done."""
+        """End together, when the first process has done its work, so that until then a death is noticed."""
+        if self.size == 1:
+            return
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if self.first:
+            self.store.set("done", "done")
+        self.wait_for("done")
         self.watching = False
-        if self.size > 1:
-            self.store.set(f"left/{self.rank}", "done")
+        self.store.set(f"left/{self.rank}", "done")
+        if self.first:  # the store may be this process's own
+            for rank in range(self.size):
+                self.wait_for(f"left/{rank}", SILENCE)
 
     def dead(self) -> list[int]:
         """The ranks on this machine whose processes ended although their work was not done."""
         here = _machine()
-        ended = [
-            rank
-            for rank, (machine, process) in enumerate(self._processes)
-            if machine == here and not is_running(process)
+        neighbours = [
+            (rank, process) for rank, (machine, process) in sorted(self._processes.items()) if machine == here
         ]
+        ended = [rank for rank, process in neighbours if not is_running(process)]
         return [rank for rank in ended if not self.store.check([f"left/{rank}"])]
 
     def silent(self) -> list[int]:
         """The ranks on other machines that have given no sign of life for SILENCE seconds; gives one of its own."""
         here = _machine()
-        elsewhere = [rank for rank, (machine, _) in enumerate(self._processes) if machine != here]
+        elsewhere = [rank for rank, (machine, _) in sorted(self._processes.items()) if machine != here]
         if elsewhere:
             self.store.set(f"beat/{self.rank}", str(time.monotonic_ns()))
         for rank in elsewhere:
@@ -112,7 +145,7 @@ class Ranks:
         Where the store is gone, and with it the means to agree, it is the first process of a machine.
         """
         if self.size == 1:
-            return True
+            return is_first()  # of processes that have not met yet
         try:
             return self.claim("last words")
         except RuntimeError:
@@ -121,7 +154,8 @@ class Ranks:
     def watch(self, continue_command: Callable[[], str]) -> None:
         """End this process, from a thread, within a second after another one died or torchrun itself is gone.
 
-        A rank that dies would otherwise be waited for, in a collective that no signal interrupts. One line is said.
+        On another machine it takes SILENCE seconds until a process counts as dead. A rank that dies would otherwise be
+        waited for, in a collective that no signal interrupts. One line is said.
         """
         parent, self.watching = os.getppid(), self.size > 1
 
@@ -148,7 +182,10 @@ class Ranks:
             return "the store of torchrun is gone (another machine, or a process that died)"
 
     def death(self) -> str | None:
-        """The processes that died, in words."""
+        """The processes of this machine that died, in words."""
+        if self.size == 1:
+            return None
+        self._meet()
         dead = self.dead()
         numbers = ", ".join(f"{rank} (process {self._processes[rank][1]})" for rank in dead)
         return f"rank {numbers} of {self.size} died; what was finished before is kept" if dead else None
@@ -168,7 +205,10 @@ def is_first() -> bool:
 
 
 def start() -> Ranks:
-    """This process among those of its run; a single one without torchrun. From now on only the first one speaks."""
+    """This process among those of its run, which `join` meets; a single one without torchrun.
+
+    From now on only the first one speaks.
+    """
     if launched() == 1:
         return Ranks()
     environment = os.environ
@@ -176,10 +216,8 @@ def start() -> Ranks:
     if rank:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (for as long as the process lives)
         sys.stderr = _without_terminal(sys.stderr)
-    store = dist.PrefixStore("run", store)
-    ranks = Ranks(rank, size, int(environment["LOCAL_RANK"]), int(environment.get("GROUP_RANK", 0)), store)
-    ranks.join()
-    return ranks
+    local_rank, node = int(environment.get("LOCAL_RANK", rank)), int(environment.get("GROUP_RANK", 0))
+    return Ranks(rank, size, local_rank, node, dist.PrefixStore("run", store))
 
 
 def share(total: int, rank: int, size: int, unit: int = 1) -> tuple[int, int]:
@@ -193,7 +231,7 @@ def launch_words() -> list[str]:
     """How this process was started, as the words of a command line before the name of the script."""
     if launched() == 1:
         return ["python"]
-    here, all_processes = int(os.environ["LOCAL_WORLD_SIZE"]), launched()
+    here, all_processes = int(os.environ.get("LOCAL_WORLD_SIZE", launched())), launched()
     nodes = [f"--nnodes={all_processes // here}", "..."] if all_processes > here else []
     return ["torchrun", *nodes, f"--nproc_per_node={here}"]
 
@@ -206,7 +244,10 @@ def is_running(process: int) -> bool:
         return False
     except OSError:  # it runs, but is not ours
         return True
-    return True
+    try:  # one that ended stays in the list until its parent has asked how
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # no such file where there is no Linux
+        return True
 
 
 def _machine() -> str:

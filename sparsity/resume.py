@@ -84,8 +84,8 @@ def continue_settings(args: argparse.Namespace, state: checkpoint.Checkpoint, pa
     before, now = state.settings.get("processes", 1), launched()
     if before != now:
         print(f"trained by {before} process(es) before, by {now} now: the result will not be the same to the bit")
-    if "device" in given and args.device != saved["device"]:
-        saved["compile"] = "auto"  # what pays on one device does not on another
+    if any(name in given and getattr(args, name) != saved[name] for name in ("device", "deterministic")):
+        saved["compile"] = "auto"  # what pays, or may be, with the one does not with the other
     for name in saved.keys() - given:
         setattr(args, name, saved[name])
     if args.epochs < state.epoch:

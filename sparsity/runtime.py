@@ -52,34 +52,42 @@ def run_main(body: Callable[[Ranks], None], continue_command: Callable[[], str])
     try:
         with torch_errors(), lost_connections():
             team = ranks.start()
+            team.join()
             team.watch(continue_command)
             body(team)
             team.leave()
     except UserError as error:
-        _say_last(team, f"error: {one_line(error)}")
-        return 1
+        return _end(team, 1, f"error: {one_line(error)}")
     except OSError as error:  # a path too long, a disk that filled up, a reader of our output that is gone
-        if not isinstance(error, BrokenPipeError):
-            _say_last(team, f"error: {one_line(error)}")
         _give_up_broken_stdout()
-        return 1
+        return _end(team, 1, None if isinstance(error, BrokenPipeError) else f"error: {one_line(error)}")
     except (KeyboardInterrupt, Terminated) as stop:
-        death = team.death()  # torchrun ends the others when one process died
+        try:
+            death = team.death()  # torchrun ends the others when one process died
+        except RuntimeError:  # the store is gone, so that nothing is known of the others
+            death = None
         if death:
-            _say_last(team, f"\nerror: {death}; to go on: {continue_command()}")
-            return 1
-        _say_last(team, f"\ninterrupted; to go on: {continue_command()}")
-        return 143 if isinstance(stop, Terminated) else 130
+            return _end(team, 1, f"\nerror: {death}; to go on: {continue_command()}")
+        return _end(
+            team, 143 if isinstance(stop, Terminated) else 130, f"\ninterrupted; to go on: {continue_command()}"
+        )
     finally:
         team.watching = False
         signal.signal(signal.SIGTERM, previous)
     return 0
 
 
-def _say_last(team: Ranks, line: str) -> None:
-    """The line that says why the run ends, from the first of its processes that comes here."""
-    if team.speaks_last():
+def _end(team: Ranks, status: int, line: str | None) -> int:
+    """Say why the run ends, in the first of its processes that comes here, and give back the exit status.
+
+    One of several processes ends at once: the others may be waiting for it in a collective, and it for them.
+    """
+    if team.speaks_last() and line:
         print(line, file=sys.stderr)
+    if team.size > 1:
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 @contextmanager
@@ -88,11 +96,16 @@ def lost_connections() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if ranks.launched() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)):
+        reason = one_line(error)
+        if isinstance(error, ranks.LostProcess):
+            raise UserError(f"{reason}; start all processes again") from error
+        if ranks.launched() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo/" in reason):
             raise
+        if isinstance(error, torch.distributed.DistBackendError):  # it may be that they cannot work together at all
+            raise UserError(f"the processes of this run failed together: {reason[:200]}") from error
         time.sleep(4 * ranks.ROUND)  # in which the watching thread finds out who died, and ends this process
         raise UserError(
-            f"the connection to another process of this run is lost ({one_line(error)[-120:]}); give the same command "
+            f"the connection to another process of this run is lost ({reason[-120:]}); give the same command "
             "again, for training with --resume"
         ) from error
 

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 tests/gradients.py OUT.json
 
 writes the relative L2 distance of all gradients, in float64 and float32, for a batch that the processes share evenly
-and one that they do not, and whether the parts were disjoint and complete.
+and one that they do not.
 """
 
 import copy
@@ -65,6 +65,7 @@ def gradients(model: nn.Module, split: Split, batch: int, dtype: torch.dtype, te
 def main() -> None:
     torch.set_num_threads(1)
     team = ranks.start()
+    team.join()
     start_group(team, torch.device("cpu"))
     torch.manual_seed(0)
     images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)

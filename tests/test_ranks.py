@@ -57,17 +57,43 @@ def test_one_alone_is_the_first_to_claim():
     assert Ranks().claim("a thing") and Ranks().claim("a thing")
 
 
-def test_on_each_machine_one_goes_first():
-    order = []
+def test_one_goes_first_and_then_one_of_each_machine():
+    begun, ended = [], []
 
     def work(team):
         with team.in_turn("download"):
-            order.append((team.node, team.local_rank))
+            begun.append(team.rank)
+            time.sleep(0.1)
+            ended.append(list(begun))
 
     together(teams(6, per_node=3), work)
-    for node in (0, 1):
-        assert next(local for found, local in order if found == node) == 0
-    assert len(order) == 6
+    assert ended[0] == [0]
+    alone = [seen for seen in ended if 3 in seen]
+    assert begun.index(3) == next(place for place, rank in enumerate(begun) if rank >= 3) and len(alone) >= 3
+    assert sorted(begun) == list(range(6))
+
+
+def test_they_end_together_when_the_first_has_done_its_work():
+    left = []
+
+    def work(team):
+        team.join()
+        if team.first:
+            time.sleep(0.3)
+            assert not left
+        team.leave()
+        left.append(team.rank)
+
+    together(teams(3), work)
+    assert sorted(left) == [0, 1, 2]
+
+
+def test_a_process_that_does_not_come_is_lost(monkeypatch):
+    monkeypatch.setattr(ranks, "PATIENCE", 0.3)
+    members = teams(3)
+    with pytest.raises(ranks.LostProcess, match="rank 2 of 3 did not start"):
+        together(members[:2], lambda team: team.join())
+    assert members[0].death() is None
 
 
 def test_a_process_that_is_gone_is_dead_unless_its_work_was_done():
@@ -76,12 +102,11 @@ def test_a_process_that_is_gone_is_dead_unless_its_work_was_done():
     members = teams(3)
     together(members, lambda team: team.join())
     assert members[0].death() is None
+    machine, _ = members[0]._processes[0]
     for team in members:
-        team._processes = [
-            (machine, ended.pid if rank else os.getpid()) for rank, (machine, _) in enumerate(team._processes)
-        ]
+        team._processes = {0: (machine, os.getpid()), 1: (machine, ended.pid), 2: (machine, ended.pid)}
     assert members[0].dead() == [1, 2]
-    members[2].leave()
+    members[2].store.set("left/2", "done")
     assert members[0].dead() == [1]
     assert members[0].death() == f"rank 1 (process {ended.pid}) of 3 died; what was finished before is kept"
 
@@ -90,10 +115,10 @@ def test_a_process_of_another_machine_is_dead_when_it_is_silent(monkeypatch):
     monkeypatch.setattr(ranks, "SILENCE", 0.2)
     here, there, left = members = teams(3)
     together(members, lambda team: team.join())
-    (machine, process), *_ = here._processes
-    here._processes = [(machine, process), ("elsewhere", 1), ("elsewhere", 2)]
-    there._processes = [("elsewhere", 1), (machine, process), (machine, process)]
-    left.leave()
+    machine, process = here._processes[0]
+    here._processes = {0: (machine, process), 1: ("elsewhere", 1), 2: ("elsewhere", 2)}
+    there._processes = {0: ("elsewhere", 1), 1: (machine, process), 2: (machine, process)}
+    left.store.set("left/2", "done")
     for _ in range(3):
         assert there.silent() == here.silent() == []
         time.sleep(0.15)
@@ -105,8 +130,9 @@ def test_a_process_of_another_machine_is_dead_when_it_is_silent(monkeypatch):
 def test_a_single_process_needs_no_store():
     team = Ranks()
     assert team.first and team.gather(3) == [3] and team.broadcast(lambda: 4) == 4
+    team.join()
     with team.in_turn("anything"):
-        team.join()
+        pass
     team.leave()
     assert team.death() is None
 
@@ -125,7 +151,7 @@ def test_shared_evaluation_gives_the_bits_of_one_process(small_net, small_split,
         assert (result.correct, result.total, result.loss) == (alone.correct, len(small_split), alone.loss)
 
 
-def test_the_store_that_torchrun_keeps_is_found(monkeypatch):
+def test_the_environment_tells_how_a_run_was_launched(monkeypatch):
     assert ranks.launched() == 1 and ranks.is_first() and ranks.launch_words() == ["python"]
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)

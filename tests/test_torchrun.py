@@ -97,7 +97,7 @@ def test_a_killed_training_resumes_to_the_bit(images, tmp_path):
     assert settings["processes"] == 2
 
 
-def test_a_sweep_gives_the_rows_of_one_process_and_goes_on_after_a_kill(images, tiny_checkpoint, tmp_path):
+def test_a_sweep_goes_on_after_a_kill_to_the_rows_of_one_process(images, tiny_checkpoint, tmp_path):
     flags = ["--checkpoint", str(tiny_checkpoint), "--data_dir", str(images), "--precision", "fp32", "--threads", "1"]
     flags += ["--levels", "0:100:5", "--recover", "none", "batchnorm", "--calibration_images", "16"]
     alone, cut = tmp_path / "alone", tmp_path / "cut"
@@ -108,6 +108,36 @@ def test_a_sweep_gives_the_rows_of_one_process_and_goes_on_after_a_kill(images, 
     )
     kept = rows_of(table)
     assert 5 < len(kept) < len(rows_of(alone / TABLE))
-    run_to_the_end(2, "pruning.py", *flags, "--images_dir", cut)
+    assert pruning.main([*flags, "--images_dir", str(cut)]) == 0
     assert all(row in rows_of(table) for row in kept)
     assert without_seconds(table) == without_seconds(alone / TABLE)
+
+
+def test_curves_in_steps_and_exported_files_are_those_of_one_process(images, tiny_checkpoint, tmp_path):
+    flags = ["--checkpoint", str(tiny_checkpoint), "--data_dir", str(images), "--precision", "fp32", "--threads", "1"]
+    flags += ["--levels", "40,80", "--schedule", "iterative", "--recover", "none", "batchnorm", "--export", "80"]
+    flags += ["--calibration_images", "16"]
+    folders = []
+    for name in ("alone", "shared"):
+        out = tmp_path / name
+        folders.append(out)
+        words = [*flags, "--images_dir", str(out), "--checkpoint_dir", str(out / "files")]
+        if name == "alone":
+            assert pruning.main(words) == 0
+        else:
+            run_to_the_end(2, "pruning.py", *words)
+    assert without_seconds(folders[0] / TABLE) == without_seconds(folders[1] / TABLE)
+    files = [sorted((out / "files").glob("*.npz")) for out in folders]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]] and len(files[0]) == 2
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    headers = [json.loads((out / TABLE).with_suffix(".json").read_text()) for out in folders]
+    assert headers[0]["exports"].keys() == headers[1]["exports"].keys()
+    assert not list(folders[1].glob("*_state.pth"))
+
+
+def test_what_is_wrong_is_said_once(tmp_path):
+    process = launch(2, "pruning.py", "--checkpoint", "nowhere.pth", "--images_dir", tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    said = [line for line in err.splitlines() if line.startswith(("error:", "interrupted", "usage:"))]
+    assert len(said) == 1 and said[0].startswith("error: checkpoint nowhere.pth is not there")

@@ -168,6 +168,7 @@ def main() -> None:
     peaks = {kind: attainable(device, kind) for kind in dict.fromkeys(kinds.values())}
     predictions = {name: work() for name, work in contestants.items()}  # warm-up
     times = take_turns(contestants, args.repeats, device)
+    peaks = {kind: max(peak, attainable(device, kind), key=lambda peak: peak.flops) for kind, peak in peaks.items()}
 
     print(f"{runtime.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
     print(

@@ -296,11 +296,8 @@ def sweeps(hour: Hour) -> None:
 
 def strong(hour: Hour) -> None:
     """Stage 5."""
-    text = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    if "--recipe" not in text:
-        hour.open.append("stage 5 (run.py has no --recipe)")
-        return
-    train(hour, "strong", "--recipe", "strong", epochs=hour.args.epochs if hour.args.small else None)
+    short = ["--warmup_epochs", 1] * (hour.args.epochs <= 5)
+    train(hour, "strong", "--recipe", "strong", *short, epochs=hour.args.epochs)
 
 
 def recovery(hour: Hour) -> None:
