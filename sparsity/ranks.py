@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -167,6 +167,8 @@ class Ranks:
                     if self.local_rank == 0 if orphan else self.speaks_last():
                         print(f"\nerror: {reason}; to go on: {continue_command()}", file=sys.stderr)
                     sys.stderr.flush()
+                    with suppress(OSError):  # whoever read it may be gone as well
+                        sys.stdout.flush()
                     os._exit(1)  # files are written whole or not at all, so that nothing is left half done
                 time.sleep(ROUND)
 

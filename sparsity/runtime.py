@@ -85,6 +85,7 @@ def _end(team: Ranks, status: int, line: str | None) -> int:
     if team.speaks_last() and line:
         print(line, file=sys.stderr)
     if team.size > 1:
+        _give_up_broken_stdout()
         sys.stderr.flush()
         os._exit(status)
     return status
