@@ -164,7 +164,6 @@ def train(args: argparse.Namespace, team: Ranks) -> None:
                 model, batches, optimizer, dtype, epoch, bar.advance, after_step, args.label_smoothing,
                 forward=replicate(step, team), team=team,
             )  # fmt: skip
-        args.resume = bool(history)  # the first process has saved the epoch before, or this one would not have ended
         schedule.step()
         average_statistics(team, model, tested_network)
         refresh(inference, tested_network)
@@ -176,7 +175,8 @@ def train(args: argparse.Namespace, team: Ranks) -> None:
         if team.first:
             content = describe_network(args, tested_network, spec, data, history)
             save_epoch(args, stem, content, training_progress(model, average, optimizer, schedule, history))
-            args.resume = True  # from here on, an interruption can be continued
+        team.gather("saved")
+        args.resume = True  # from here on, an interruption can be continued
 
     final = evaluate_shared(team, inference, test, default_batch_size(device))
     if team.first:

@@ -4,13 +4,16 @@ import os
 import signal
 import sys
 
+PARENT = os.getppid()  # of a process that torchrun starts: torchrun, unless it is gone by then
+
 
 def answer_interrupts() -> None:
-    """Let Ctrl-C end the process with a line instead of a traceback while torch is imported, which takes seconds."""
+    """Let Ctrl-C and SIGTERM end the process with a line while torch is imported, which takes seconds."""
 
     def leave(signum: int, frame: object) -> None:
         if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one speaks
             print("\ninterrupted before anything was done", file=sys.stderr, flush=True)
-        os._exit(130)
+        os._exit(128 + signum)
 
-    signal.signal(signal.SIGINT, leave)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)

@@ -9,10 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch.distributed as dist
+
+from sparsity import PARENT
 
 GLANCE = 0.05  # seconds between two looks at the store
 ROUND = 0.5  # seconds between two looks at the other processes
@@ -152,24 +155,18 @@ class Ranks:
             return self.local_rank == 0
 
     def watch(self, continue_command: Callable[[], str]) -> None:
-        """End this process, from a thread, within a second after another one died or torchrun itself is gone.
+        """End this process, from a thread, within a second after another one died.
 
         On another machine it takes SILENCE seconds until a process counts as dead. A rank that dies would otherwise be
         waited for, in a collective that no signal interrupts. One line is said.
         """
-        parent, self.watching = os.getppid(), self.size > 1
+        self.watching = self.size > 1
 
         def look() -> None:
             while self.watching:
-                orphan = os.getppid() != parent
-                reason = "torchrun is gone, and its processes end with it" if orphan else self._loss()
+                reason = self._loss()
                 if reason and self.watching:
-                    if self.local_rank == 0 if orphan else self.speaks_last():
-                        print(f"\nerror: {reason}; to go on: {continue_command()}", file=sys.stderr)
-                    sys.stderr.flush()
-                    with suppress(OSError):  # whoever read it may be gone as well
-                        sys.stdout.flush()
-                    os._exit(1)  # files are written whole or not at all, so that nothing is left half done
+                    _end(f"{reason}; to go on: {continue_command()}" if self.speaks_last() else None)
                 time.sleep(ROUND)
 
         if self.watching:
@@ -206,20 +203,39 @@ def is_first() -> bool:
     return launched() == 1 or os.environ["RANK"] == "0"
 
 
-def start() -> Ranks:
+def start(continue_command: Callable[[], str] = str) -> Ranks:
     """This process among those of its run, which `join` meets; a single one without torchrun.
 
-    From now on only the first one speaks.
+    From now on only the first one speaks, and a process whose torchrun is gone ends within a second, whatever it is in.
     """
     if launched() == 1:
         return Ranks()
     environment = os.environ
-    store, rank, size = next(dist.rendezvous("env://"))
+    threading.Thread(target=_watch_launcher, args=(continue_command,), name="launcher", daemon=True).start()
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
     if rank:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (for as long as the process lives)
         sys.stderr = _without_terminal(sys.stderr)
     local_rank, node = int(environment.get("LOCAL_RANK", rank)), int(environment.get("GROUP_RANK", 0))
     return Ranks(rank, size, local_rank, node, dist.PrefixStore("run", store))
+
+
+def _watch_launcher(continue_command: Callable[[], str]) -> None:
+    """End this process when its parent is no longer the one that started it; the first of a machine says so."""
+    while os.getppid() == PARENT:
+        time.sleep(ROUND)
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    _end(f"torchrun is gone, and its processes end with it; to go on: {continue_command()}" if speaks else None)
+
+
+def _end(line: str | None) -> NoReturn:
+    """End this process at once, from any thread; files are written whole or not at all, so none is left half done."""
+    if line:
+        print(f"\nerror: {line}", file=sys.stderr)
+    sys.stderr.flush()
+    with suppress(OSError):  # whoever read it may be gone as well
+        sys.stdout.flush()
+    os._exit(1)
 
 
 def share(total: int, rank: int, size: int, unit: int = 1) -> tuple[int, int]:

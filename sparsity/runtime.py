@@ -51,7 +51,7 @@ def run_main(body: Callable[[Ranks], None], continue_command: Callable[[], str])
     team = Ranks()
     try:
         with torch_errors(), lost_connections():
-            team = ranks.start()
+            team = ranks.start(continue_command)
             team.join()
             team.watch(continue_command)
             body(team)
