@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity import runtime
+from sparsity.runtime import UserError
 
 ROOT = Path(__file__).parents[2]
 LAST_LINES = 12
@@ -28,12 +29,29 @@ class Hour:
 
     args: argparse.Namespace
     figures: dict[str, Any] = field(default_factory=dict)  # name of a command or a result -> what it gave
-    commands: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> command, status, seconds, date
-    open: list[str] = field(default_factory=list)  # what failed or was stopped
+    commands: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> command, status, seconds, date, machine
+    missing: dict[str, list[str]] = field(default_factory=dict)  # number of a stage that was run -> what is not done
+    stage: int = 0
     deadline: float = 0.0
+
+    def miss(self, what: str) -> None:
+        """Take down what the stage at work could not do."""
+        self.missing[str(self.stage)].append(what)
 
     def path(self, *parts: str) -> Path:
         return self.args.out.joinpath(*parts)
+
+    def read(self) -> None:
+        """Go on from figures.json, where there is one; UserError where it cannot be read."""
+        known = self.path("figures.json")
+        try:
+            there = json.loads(known.read_text()) if known.exists() else {}
+            self.figures, self.commands = there.get("figures", {}), there.get("commands", {})
+            self.missing = there.get("missing", {})
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{known} cannot be read ({runtime.one_line(error)}); remove it or choose another --out"
+            ) from error
 
     def write(self) -> None:
         """Bring figures.json up to date."""
@@ -42,7 +60,7 @@ class Hour:
             "date": now(),
             "versions": runtime.versions(),
             "machine": runtime.machine(runtime.resolve_device("auto")),
-            "incomplete": self.open,
+            "missing": self.missing,
             "figures": self.figures,
             "commands": self.commands,
         }
@@ -53,51 +71,77 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def call(hour: Hour, name: str, words: list[object]) -> str | None:
+def call(hour: Hour, name: str, words: list[object], goes_on: bool = False) -> str | None:
     """Run a Python command until the stage's limit, its output in a log; that output, or None unless it succeeded.
 
-    A command that was done before is not run again: then what is in its log is returned.
+    A command that was done before is not run again, except by `--again` one that does not go on where it was: then what
+    is in its log is returned. The seconds of one that goes on are those of all its pieces.
     """
     log, command = hour.path("logs", f"{name}.log"), [str(word) for word in words]
     before = hour.commands.get(name, {"status": "", "command": []})
     same = set(before["command"]) ^ set(command) <= {"--resume"}
-    if before["status"] == "done" and same and not hour.args.again:
-        return log.read_text()
+    if before["status"] == "done" and same and (goes_on or not hour.args.again) and log.exists():
+        print(f"{name}: was done on {before['date']}", flush=True)
+        return log.read_text(errors="replace")
     if hour.deadline - time.monotonic() < SHORTEST:
-        hour.open.append(f"{name} (not started: the stage has met its limit)")
+        hour.miss(f"{name} (not started: the stage has met its limit)")
         return None
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{now()} {name}: python {' '.join(command)}", flush=True)
     started, length = time.monotonic(), log.stat().st_size if log.exists() else 0
-    with log.open("ab") as file:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            returned = process.wait(max(0.0, hour.deadline - started))
-            status = "failed" if returned else "done"
-        except subprocess.TimeoutExpired:
-            returned, status = stop(process), "stopped at the limit"
-        except BaseException:  # Ctrl-C or SIGTERM: nothing is left running behind
-            stop(process)
-            raise
-    spent = round(time.monotonic() - started, 2)
-    hour.commands[name] = {"command": command, "status": status, "seconds": spent, "date": now()}
+    returned, status = None, "interrupted"
+    try:
+        with log.open("ab") as file:
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            returned, status = wait(process, hour.deadline)
+    finally:  # an interruption is on record as well
+        spent = round(time.monotonic() - started, 2)
+        earlier = before.get("seconds", 0.0) if goes_on and same else 0.0
+        record = {"command": command, "status": status, "seconds": round(earlier + spent, 2)}
+        hour.commands[name] = record | circumstances(command)
+        if status != "done":
+            hour.miss(f"{name} ({status})")
     text = log.read_bytes()[length:].decode(errors="replace")
     if status != "done":
-        hour.open.append(f"{name} ({status})")
         lines = "\n".join(f"    {line}" for line in text.splitlines()[-LAST_LINES:])
         print(f"{name} {status} (exit status {returned}, {spent} s); its last lines:\n{lines}", flush=True)
     hour.write()
     return text if status == "done" else None
 
 
-def stop(process: subprocess.Popen) -> int:
-    """End a command as Ctrl-C does, and by force should it not end within half a minute."""
-    process.send_signal(signal.SIGINT)
+def circumstances(command: list[str]) -> dict[str, Any]:
+    """When and where a command was run; the commands of one figures.json may have been run on several machines."""
+    device = "cpu" if "cpu" in command else "auto"
+    return {"date": now(), "versions": runtime.versions(), "machine": runtime.machine(runtime.resolve_device(device))}
+
+
+def wait(process: subprocess.Popen, deadline: float) -> tuple[int, str]:
+    """Exit status of a command, which is stopped at the deadline, and what became of it; it never stays behind."""
     try:
-        return process.wait(30)
+        returned = process.wait(max(0.0, deadline - time.monotonic()))
+        return returned, "failed" if returned else "done"
     except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+        return stop(process), "stopped at the limit"
+    except BaseException:  # Ctrl-C, which in a terminal the command has got as well, or SIGTERM
+        stop(process, patience=2)
+        raise
+
+
+def stop(process: subprocess.Popen, patience: float = 0.0) -> int:
+    """End a command as Ctrl-C does, unless it ends by itself, and by force should it not end within half a minute.
+
+    The `patience` is for a command that ends already, which a second signal would disturb.
+    """
+    try:
+        for seconds in (patience, 30):
+            try:
+                return process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    return process.wait()
 
 
 def train(hour: Hour, name: str, *words: object, epochs: int | None) -> Path | None:
@@ -110,7 +154,7 @@ def train(hour: Hour, name: str, *words: object, epochs: int | None) -> Path | N
     length = ["--epochs", epochs, "--save_every", epochs] if epochs else []
     resume = ["--resume"] if list(folder.glob("*_last.pth")) else []
     places = ["--checkpoint_dir", folder, "--images_dir", folder]
-    done = call(hour, name, ["run.py", *data, *length, *words, *places, *resume]) is not None
+    done = call(hour, name, ["run.py", *data, *length, *words, *places, *resume], goes_on=True) is not None
     epoch_lines = EPOCH_LINE.findall(log.read_text()) if log.exists() else []
     if epoch_lines:
         hour.figures[name] = {
@@ -130,7 +174,7 @@ def sweep(hour: Hour, name: str, checkpoints: list[Path], *words: object) -> lis
         data = ["--max_test_images", 200] + ["--device", "cpu"] * ("--device" not in words)
         data += ["--calibration_images", 64] * ("--compare" in words)
     places = ["--images_dir", hour.args.out, "--name", name]
-    done = call(hour, name, ["pruning.py", "--checkpoint", *checkpoints, *data, *words, *places])
+    done = call(hour, name, ["pruning.py", "--checkpoint", *checkpoints, *data, *words, *places], goes_on=True)
     stem = "synthetic_" * hour.args.small + f"{name}_pruning"  # pruning.py puts the first word there itself
     table, about = hour.path(f"{stem}.csv"), hour.path(f"{stem}.json")
     if not table.exists() or not about.exists():
@@ -141,8 +185,9 @@ def sweep(hour: Hour, name: str, checkpoints: list[Path], *words: object) -> lis
     hour.figures[name] = {
         "finished": done is not None,
         "rows": len(rows),
+        "device": header["machine"]["device"],
         "seconds_of_levels": round(sum(float(row["seconds"]) for row in rows), 2),
-        "seconds_of_command": hour.commands[name]["seconds"],
+        "seconds_of_command": hour.commands.get(name, {}).get("seconds"),
         "dense_accuracy": {key: figures["accuracy"] for key, figures in header["dense"].items()},
         "sentences": [entry["sentence"] for entry in header.get("summary") or []],
     }
@@ -152,7 +197,8 @@ def sweep(hour: Hour, name: str, checkpoints: list[Path], *words: object) -> lis
 def benchmark(hour: Hour, name: str, *words: object) -> None:
     """Run one of the benchmarks and keep its figures."""
     file = hour.path(f"{name}.json")
-    small = ["--arch", "resnet18", "--width", 8, "--image_size", 8, "--repeats", 1] if hour.args.small else []
+    small = ["--arch", "resnet18", "--width", 8, "--image_size", 8, "--repeats", 1, "--device", "cpu"]
+    small *= hour.args.small
     if call(hour, name, [*words, *small, "--json", file]) is not None:
         found = json.loads(file.read_text())
-        hour.figures[name] = {key: value for key, value in found.items() if key not in ("versions", "machine")}
+        hour.figures[name] = {key: value for key, value in found.items() if key != "versions"}

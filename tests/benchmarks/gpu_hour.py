@@ -12,8 +12,8 @@
 
 A stage that meets `--limit_minutes` stops what it runs as Ctrl-C does; the same stage given again goes on: what is done
 is skipped, trainings resume, sweeps measure what is missing. A command that fails is shown with its last lines and
-stops no other. Everything goes to `--out`: logs, CSV, JSON, plots and `figures.json`. The exit status is 0 only if
-every stage asked for is complete.
+stops no other. Everything goes to `--out`: logs, CSV, JSON, plots and `figures.json`, which tells of each command when
+and where it was run, and of each stage what is missing. The exit status is 0 only if every stage asked for is complete.
 """
 
 import argparse
@@ -67,6 +67,8 @@ def unpack_images(args: argparse.Namespace) -> None:
         half = args.data_dir.with_suffix(".part")  # so that what is there is complete
         with tarfile.open(args.archive) as archive:
             archive.extractall(half, filter="data")
+        if not (half / "test").is_dir():
+            raise OSError("there is no folder test in it")
         half.rename(args.data_dir)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"--archive {args.archive} cannot be unpacked ({runtime.one_line(error)})") from error
@@ -88,7 +90,7 @@ def correctness(hour: Hour) -> None:
         apart = max((abs(float(one["accuracy"]) - float(other["accuracy"])) for one, other in pairs), default=None)
         hour.figures["agreement"] = {"levels": len(pairs), "largest_difference_points": apart}
         if apart is not None and apart > AGREEMENT:
-            hour.open.append(f"agreement (GPU and CPU differ by {apart} points)")
+            hour.miss(f"agreement (GPU and CPU differ by {apart} points)")
     files = sorted(path.relative_to(ROOT) for path in ROOT.glob("tests/test_*.py"))
     if hour.args.small:
         files = [path for path in files if path.stem in ("test_masks", "test_evaluation")]
@@ -141,7 +143,7 @@ def pack(hour: Hour, path: Path) -> None:
 def sweeps(hour: Hour) -> None:
     """Stage 4."""
     if len(found := reference(hour)) < SEEDS:
-        hour.open.append(f"stage 4 ({len(found)} of {SEEDS} seeds of stage 3 are trained)")
+        hour.miss(f"some sweeps ({len(found)} of {SEEDS} seeds of stage 3 are trained)")
     if found:
         levels = ["--levels", "0,50,90"] if hour.args.small else []
         sweep(hour, "l1_uniform", found[:1], *levels)
@@ -159,7 +161,7 @@ def recovery(hour: Hour) -> None:
     better = sorted(hour.path("strong").glob("*_ckpt_epoch*.pth"), key=lambda path: path.stat().st_mtime)
     done = hour.commands.get("strong", {}).get("status") == "done"
     if not (found := better[-1:] if done and better else reference(hour)[:1]):
-        hour.open.append("stage 6 (needs a finished checkpoint of stage 3 or 5)")
+        hour.miss("all (a finished checkpoint of stage 3 or 5 is needed)")
         return
     small, stem = hour.args.small, found[0].parent.name
     levels = "80,95" if small else "80,90,95,97,98,99"
@@ -177,23 +179,24 @@ def work(args: argparse.Namespace) -> None:
     """The stages in their order, then the figures; UserError at the end unless all is complete."""
     runtime.prepare_folder(args.out, "--out", 1 << 30)
     hour = Hour(args)
-    if (known := hour.path("figures.json")).exists():
-        there = json.loads(known.read_text())
-        hour.figures, hour.commands = there["figures"], there["commands"]
+    hour.read()
     unpack_images(args)
     for number in args.stages:
         print(f"\nstage {number}: {STAGES[number].__name__}", flush=True)
+        hour.stage, hour.missing[str(number)] = number, []
         hour.deadline = time.monotonic() + 60 * args.limit_minutes
         try:
             STAGES[number](hour)
-        except UserError as error:
-            hour.open.append(f"stage {number} ({runtime.one_line(error)})")
-        hour.write()
+        except (UserError, OSError, LookupError, ValueError) as error:  # also a file that is not as it should be
+            hour.miss(runtime.one_line(error))
+        finally:  # Ctrl-C as well
+            hour.write()
     print("\nfigures")
     for name, figures in hour.figures.items():
         print(f"{name}: {json.dumps(figures, indent=2)}")
-    if hour.open:
-        raise UserError(f"incomplete: {'; '.join(hour.open)}; the same stages given again go on")
+    missing = [f"{what} of stage {number}" for number in args.stages for what in hour.missing[str(number)]]
+    if missing:
+        raise UserError(f"incomplete: {'; '.join(missing)}; the same stages given again go on")
 
 
 if __name__ == "__main__":
