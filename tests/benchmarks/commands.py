@@ -144,7 +144,12 @@ def stop(process: subprocess.Popen, patience: float = 0.0) -> int:
     return process.wait()
 
 
-def train(hour: Hour, name: str, *words: object, epochs: int | None) -> Path | None:
+def started_by(processes: int) -> list[str]:
+    """The words before a script of ours that is to run in so many processes."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+
+
+def train(hour: Hour, name: str, *words: object, epochs: int | None, processes: int = 1) -> Path | None:
     """Train, or go on training, into a folder of its own; the last numbered checkpoint if it is finished."""
     folder, log = hour.path(name), hour.path("logs", f"{name}.log")
     data = ["--dataset", "folder", "--data_dir", hour.args.data_dir]
@@ -154,7 +159,8 @@ def train(hour: Hour, name: str, *words: object, epochs: int | None) -> Path | N
     length = ["--epochs", epochs, "--save_every", epochs] if epochs else []
     resume = ["--resume"] if list(folder.glob("*_last.pth")) else []
     places = ["--checkpoint_dir", folder, "--images_dir", folder]
-    done = call(hour, name, ["run.py", *data, *length, *words, *places, *resume], goes_on=True) is not None
+    command = [*started_by(processes), "run.py", *data, *length, *words, *places, *resume]
+    done = call(hour, name, command, goes_on=True) is not None
     epoch_lines = EPOCH_LINE.findall(log.read_text()) if log.exists() else []
     if epoch_lines:
         hour.figures[name] = {
@@ -167,14 +173,15 @@ def train(hour: Hour, name: str, *words: object, epochs: int | None) -> Path | N
     return max(numbered, key=lambda path: path.stat().st_mtime, default=None) if done else None
 
 
-def sweep(hour: Hour, name: str, checkpoints: list[Path], *words: object) -> list[dict[str, str]]:
+def sweep(hour: Hour, name: str, checkpoints: list[Path], *words: object, processes: int = 1) -> list[dict[str, str]]:
     """Sweep, or measure what is missing of a sweep; its rows as they stand, whether or not it is complete."""
     data = ["--dataset", "folder", "--data_dir", hour.args.data_dir]
     if hour.args.small:
         data = ["--max_test_images", 200] + ["--device", "cpu"] * ("--device" not in words)
         data += ["--calibration_images", 64] * ("--compare" in words)
     places = ["--images_dir", hour.args.out, "--name", name]
-    done = call(hour, name, ["pruning.py", "--checkpoint", *checkpoints, *data, *words, *places], goes_on=True)
+    command = [*started_by(processes), "pruning.py", "--checkpoint", *checkpoints, *data, *words, *places]
+    done = call(hour, name, command, goes_on=True)
     stem = "synthetic_" * hour.args.small + f"{name}_pruning"  # pruning.py puts the first word there itself
     table, about = hour.path(f"{stem}.csv"), hour.path(f"{stem}.json")
     if not table.exists() or not about.exists():

@@ -3,7 +3,8 @@
     python tests/benchmarks/gpu_hour.py --archive cifar10-jpeg.tar.xz --out checkpoints/gpu_hour --stages 1 2
     python tests/benchmarks/gpu_hour.py --small --out checkpoints/small       # all of it in a few minutes on a CPU
 
-1  a short training, sweeps of it on the GPU and on the CPU that must agree within 0.1 point, and the tests
+1  a short training, sweeps of it on the GPU and on the CPU that must agree within 0.1 point; where there are several
+   GPUs, a short training by all of them, and a sweep that must have the rows of a single process; and the tests
 2  images a second: bench_train.py at two batch sizes with the study's loop, bench_sweep.py with 21 whole levels
 3  the reference recipe with three seeds; one checkpoint is packed to be carried away (see `pack`)
 4  l1 uniform at 21 levels against the clock, then `--compare` for the checkpoints of stage 3
@@ -27,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
 from commands import ROOT, Hour, benchmark, call, sweep, train
 
 from sparsity import checkpoint, runtime
@@ -91,6 +93,7 @@ def correctness(hour: Hour) -> None:
         hour.figures["agreement"] = {"levels": len(pairs), "largest_difference_points": apart}
         if apart is not None and apart > AGREEMENT:
             hour.miss(f"agreement (GPU and CPU differ by {apart} points)")
+    together(hour)
     files = sorted(path.relative_to(ROOT) for path in ROOT.glob("tests/test_*.py"))
     if hour.args.small:
         files = [path for path in files if path.stem in ("test_masks", "test_evaluation")]
@@ -99,6 +102,26 @@ def correctness(hour: Hour) -> None:
             text = call(hour, f"tests_{group}", ["-m", "pytest", "-p", "no:cacheprovider", *chosen])
             if text:
                 hour.figures[f"tests_{group}"] = text.strip().splitlines()[-1]
+
+
+def together(hour: Hour) -> None:
+    """A short training by one process a GPU, or by two on a CPU, and a sweep by as many against one by a single one."""
+    processes = 2 if hour.args.small else torch.cuda.device_count()
+    if processes < 2:
+        hour.figures["together"] = f"not run: it needs two GPUs, and this machine has {processes}"
+        return
+    trained = train(hour, "short_together", "--T_max", 1, epochs=1, processes=processes)
+    if trained:
+        # Threads and kernels decide about the last bits, and torchrun gives each process one thread.
+        same = ["--precision", "fp32", "--engine", "dense", "--threads", 1, "--deterministic", "--levels", "0:90:10"]
+        alone = sweep(hour, "rows_alone", [trained], *same)
+        shared = sweep(hour, "rows_together", [trained], *same, processes=processes)
+        found = [[row | {"seconds": None} for row in rows] for rows in (alone, shared)]
+        whole = all(hour.figures.get(name, {}).get("finished") for name in ("rows_alone", "rows_together"))
+        alike = found[0] == found[1] if whole else None
+        hour.figures["together"] = {"processes": processes, "rows": [len(alone), len(shared)], "same_rows": alike}
+        if alike is False:
+            hour.miss(f"agreement of processes (the rows of {processes} differ from those of one)")
 
 
 def speed(hour: Hour) -> None:
