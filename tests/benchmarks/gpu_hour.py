@@ -20,6 +20,7 @@ and where it was run, and of each stage what is missing. The exit status is 0 on
 import argparse
 import json
 import lzma
+import shutil
 import sys
 import tarfile
 import time
@@ -67,6 +68,7 @@ def unpack_images(args: argparse.Namespace) -> None:
         raise UserError(f"{args.data_dir} holds no images; name them with --data_dir, or an --archive of them")
     try:
         half = args.data_dir.with_suffix(".part")  # so that what is there is complete
+        shutil.rmtree(half, ignore_errors=True)  # of an attempt that was cut short
         with tarfile.open(args.archive) as archive:
             archive.extractall(half, filter="data")
         if not (half / "test").is_dir():
