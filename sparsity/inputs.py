@@ -107,6 +107,15 @@ def finetuning(saved: Checkpoint, train: Split, rate: float | str, epochs: int, 
     return Finetuning(train, finetuning_rates(saved, rate, epochs), **training_recipe(saved), dtype=dtype)
 
 
+def distinct_names(paths: list[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart, as seed0/net.pth: plots and tables show them."""
+    for length in range(1, max(len(path.parts) for path in paths)):
+        names = [str(Path(*path.parts[-length:])) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
 def describe_checkpoints(
     paths: list[Path], load: Callable[[Path], tuple[Checkpoint, Any]], rates: dict[str, Any] | None
 ) -> dict[str, dict[str, Any]]:
@@ -114,9 +123,7 @@ def describe_checkpoints(
 
     `load` gives a checkpoint and its network; `rates` are those of fine-tuning, None where nothing is fine-tuned.
     """
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+    names = distinct_names(paths)
     described: dict[str, dict[str, Any]] = {}
     kinds = []
     for name, path in zip(names, paths, strict=True):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pruning
 from sparsity import checkpoint
 from sparsity.files import SweepFiles
 from sparsity.flags import levels_type
-from sparsity.inputs import output_name
+from sparsity.inputs import distinct_names, output_name
 from sparsity.report import read_sweep
 from sparsity.sources import Source
 from sparsity.statistics import wilson_interval
@@ -144,6 +145,18 @@ def test_several_checkpoints_are_seeds_of_one_experiment(tiny_checkpoint, other_
     mean = np.mean([float(row["accuracy"]) for row in rows if row["level"] == "50"])
     line = next(line for line in out.splitlines() if line.split()[:1] == ["50"] and "pruned" not in line)
     assert f"{mean:.2f}" in line
+
+
+def test_checkpoints_go_by_the_shortest_ends_of_their_paths_that_tell_them_apart():
+    for paths, names in [
+        (["/far/a/net.pth", "other.pth"], ["net.pth", "other.pth"]),
+        (["/far/a/net.pth", "/far/b/net.pth"], ["a/net.pth", "b/net.pth"]),
+        (["/far/a/x/net.pth", "/far/b/x/net.pth", "net.pth"], ["a/x/net.pth", "b/x/net.pth", "net.pth"]),
+        (["net.pth", "/net.pth"], ["net.pth", "/net.pth"]),
+        (["a/net.pth", "a/net.pth"], ["a/net.pth", "a/net.pth"]),
+        (["net.pth"], ["net.pth"]),
+    ]:
+        assert distinct_names([Path(path) for path in paths]) == names
 
 
 @pytest.mark.parametrize(

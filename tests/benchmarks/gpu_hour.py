@@ -3,7 +3,8 @@
     python tests/benchmarks/gpu_hour.py --archive cifar10-jpeg.tar.xz --out checkpoints/gpu_hour --stages 1 2
     python tests/benchmarks/gpu_hour.py --small --out checkpoints/small       # all of it in a few minutes on a CPU
 
-1  a short training, sweeps of it on the GPU and on the CPU that must agree within 0.1 point, and the tests
+1  a short training, sweeps of it on the GPU and on the CPU that must agree within 0.1 point; where there are several
+   GPUs, a short training by all of them, and a sweep that must have the rows of a single process; and the tests
 2  images a second: bench_train.py at two batch sizes with the study's loop, bench_sweep.py with 21 whole levels
 3  the reference recipe with three seeds; one checkpoint is packed to be carried away (see `pack`)
 4  l1 uniform at 21 levels against the clock, then `--compare` for the checkpoints of stage 3
@@ -12,67 +13,32 @@
 
 A stage that meets `--limit_minutes` stops what it runs as Ctrl-C does; the same stage given again goes on: what is done
 is skipped, trainings resume, sweeps measure what is missing. A command that fails is shown with its last lines and
-stops no other. Everything goes to `--out`: logs, CSV, JSON, plots and `figures.json`. The exit status is 0 only if
-every stage asked for is complete.
+stops no other. Everything goes to `--out`: logs, CSV, JSON, plots and `figures.json`, which tells of each command when
+and where it was run, and of each stage what is missing. The exit status is 0 only if every stage asked for is complete.
 """
 
 import argparse
-import csv
 import json
 import lzma
-import re
-import signal
-import statistics
-import subprocess
+import shutil
 import sys
 import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from commands import ROOT, Hour, benchmark, call, sweep, train
 
 from sparsity import checkpoint, runtime
 from sparsity.runtime import UserError
 
-ROOT = Path(__file__).parents[2]
 AGREEMENT = 0.1  # points of accuracy between a GPU and a CPU
 PART = 15 << 20  # bytes of a part of the packed checkpoint
-LAST_LINES = 12
-SHORTEST = 5.0  # seconds that a command is worth starting for
 SEEDS = 3
 TEST_GROUPS = 4  # the tests are run in as many commands, so that a stage that met its limit goes on where it was
-EPOCH_LINE = re.compile(r"^Epoch: (\d+) .*Test accuracy: ([\d.]+)% \| Epoch Time: ([\d.]+) secs", re.MULTILINE)
-
-
-@dataclass
-class Hour:
-    """One run of this script: its flags, what was found so far, and when the stage at work has to end."""
-
-    args: argparse.Namespace
-    figures: dict[str, Any] = field(default_factory=dict)  # name of a command or a result -> what it gave
-    commands: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> command, status, seconds, date
-    open: list[str] = field(default_factory=list)  # what failed or was stopped
-    deadline: float = 0.0
-
-    def path(self, *parts: str) -> Path:
-        return self.args.out.joinpath(*parts)
-
-    def write(self) -> None:
-        """Bring figures.json up to date."""
-        content = {
-            "command": runtime.command_line(sys.argv[0], sys.argv[1:]),
-            "date": now(),
-            "versions": runtime.versions(),
-            "machine": runtime.machine(runtime.resolve_device("auto")),
-            "incomplete": self.open,
-            "figures": self.figures,
-            "commands": self.commands,
-        }
-        runtime.write_json(self.path("figures.json"), content)
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,10 +60,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 def unpack_images(args: argparse.Namespace) -> None:
     """Make sure that the images are there; UserError otherwise."""
     if args.small or (args.data_dir / "test").is_dir():
@@ -106,116 +68,14 @@ def unpack_images(args: argparse.Namespace) -> None:
         raise UserError(f"{args.data_dir} holds no images; name them with --data_dir, or an --archive of them")
     try:
         half = args.data_dir.with_suffix(".part")  # so that what is there is complete
+        shutil.rmtree(half, ignore_errors=True)  # of an attempt that was cut short
         with tarfile.open(args.archive) as archive:
             archive.extractall(half, filter="data")
+        if not (half / "test").is_dir():
+            raise OSError("there is no folder test in it")
         half.rename(args.data_dir)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"--archive {args.archive} cannot be unpacked ({runtime.one_line(error)})") from error
-
-
-def call(hour: Hour, name: str, words: list[object]) -> str | None:
-    """Run a Python command until the stage's limit, its output in a log; that output, or None unless it succeeded.
-
-    A command that was done before is not run again: then what is in its log is returned.
-    """
-    log, command = hour.path("logs", f"{name}.log"), [str(word) for word in words]
-    before = hour.commands.get(name, {"status": "", "command": []})
-    same = set(before["command"]) ^ set(command) <= {"--resume"}
-    if before["status"] == "done" and same and not hour.args.again:
-        return log.read_text()
-    if hour.deadline - time.monotonic() < SHORTEST:
-        hour.open.append(f"{name} (not started: the stage has met its limit)")
-        return None
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{now()} {name}: python {' '.join(command)}", flush=True)
-    started, length = time.monotonic(), log.stat().st_size if log.exists() else 0
-    with log.open("ab") as file:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            returned = process.wait(max(0.0, hour.deadline - started))
-            status = "failed" if returned else "done"
-        except subprocess.TimeoutExpired:
-            returned, status = stop(process), "stopped at the limit"
-        except BaseException:  # Ctrl-C or SIGTERM: nothing is left running behind
-            stop(process)
-            raise
-    spent = round(time.monotonic() - started, 2)
-    hour.commands[name] = {"command": command, "status": status, "seconds": spent, "date": now()}
-    text = log.read_bytes()[length:].decode(errors="replace")
-    if status != "done":
-        hour.open.append(f"{name} ({status})")
-        lines = "\n".join(f"    {line}" for line in text.splitlines()[-LAST_LINES:])
-        print(f"{name} {status} (exit status {returned}, {spent} s); its last lines:\n{lines}", flush=True)
-    hour.write()
-    return text if status == "done" else None
-
-
-def stop(process: subprocess.Popen) -> int:
-    """End a command as Ctrl-C does, and by force should it not end within half a minute."""
-    process.send_signal(signal.SIGINT)
-    try:
-        return process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
-def train(hour: Hour, name: str, *words: object, epochs: int | None) -> Path | None:
-    """Train, or go on training, into a folder of its own; the last numbered checkpoint if it is finished."""
-    folder, log = hour.path(name), hour.path("logs", f"{name}.log")
-    data = ["--dataset", "folder", "--data_dir", hour.args.data_dir]
-    if hour.args.small:
-        data = ["--dataset", "synthetic", "--image_size", 8, "--arch", "resnet18", "--width", 4]
-        data += ["--batch_size", 500, "--device", "cpu"]
-    length = ["--epochs", epochs, "--save_every", epochs] if epochs else []
-    resume = ["--resume"] if list(folder.glob("*_last.pth")) else []
-    places = ["--checkpoint_dir", folder, "--images_dir", folder]
-    done = call(hour, name, ["run.py", *data, *length, *words, *places, *resume]) is not None
-    epoch_lines = EPOCH_LINE.findall(log.read_text()) if log.exists() else []
-    if epoch_lines:
-        hour.figures[name] = {
-            "finished": done,
-            "epochs": int(epoch_lines[-1][0]),
-            "test_accuracy": float(epoch_lines[-1][1]),
-            "median_epoch_seconds": statistics.median(float(seconds) for *_, seconds in epoch_lines),
-        }
-    numbered = folder.glob("*_ckpt_epoch*.pth")
-    return max(numbered, key=lambda path: path.stat().st_mtime, default=None) if done else None
-
-
-def sweep(hour: Hour, name: str, checkpoints: list[Path], *words: object) -> list[dict[str, str]]:
-    """Sweep, or measure what is missing of a sweep; its rows as they stand, whether or not it is complete."""
-    data = ["--dataset", "folder", "--data_dir", hour.args.data_dir]
-    if hour.args.small:
-        data = ["--max_test_images", 200] + ["--device", "cpu"] * ("--device" not in words)
-        data += ["--calibration_images", 64] * ("--compare" in words)
-    places = ["--images_dir", hour.args.out, "--name", name]
-    done = call(hour, name, ["pruning.py", "--checkpoint", *checkpoints, *data, *words, *places])
-    stem = "synthetic_" * hour.args.small + f"{name}_pruning"  # pruning.py puts the first word there itself
-    table, about = hour.path(f"{stem}.csv"), hour.path(f"{stem}.json")
-    if not table.exists() or not about.exists():
-        return []
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    header = json.loads(about.read_text())
-    hour.figures[name] = {
-        "finished": done is not None,
-        "rows": len(rows),
-        "seconds_of_levels": round(sum(float(row["seconds"]) for row in rows), 2),
-        "seconds_of_command": hour.commands[name]["seconds"],
-        "dense_accuracy": {key: figures["accuracy"] for key, figures in header["dense"].items()},
-        "sentences": [entry["sentence"] for entry in header.get("summary") or []],
-    }
-    return rows
-
-
-def benchmark(hour: Hour, name: str, *words: object) -> None:
-    """Run one of the benchmarks and keep its figures."""
-    file = hour.path(f"{name}.json")
-    small = ["--arch", "resnet18", "--width", 8, "--image_size", 8, "--repeats", 1] if hour.args.small else []
-    if call(hour, name, [*words, *small, "--json", file]) is not None:
-        found = json.loads(file.read_text())
-        hour.figures[name] = {key: value for key, value in found.items() if key not in ("versions", "machine")}
 
 
 def reference(hour: Hour) -> list[Path]:
@@ -234,7 +94,8 @@ def correctness(hour: Hour) -> None:
         apart = max((abs(float(one["accuracy"]) - float(other["accuracy"])) for one, other in pairs), default=None)
         hour.figures["agreement"] = {"levels": len(pairs), "largest_difference_points": apart}
         if apart is not None and apart > AGREEMENT:
-            hour.open.append(f"agreement (GPU and CPU differ by {apart} points)")
+            hour.miss(f"agreement (GPU and CPU differ by {apart} points)")
+    together(hour)
     files = sorted(path.relative_to(ROOT) for path in ROOT.glob("tests/test_*.py"))
     if hour.args.small:
         files = [path for path in files if path.stem in ("test_masks", "test_evaluation")]
@@ -243,6 +104,26 @@ def correctness(hour: Hour) -> None:
             text = call(hour, f"tests_{group}", ["-m", "pytest", "-p", "no:cacheprovider", *chosen])
             if text:
                 hour.figures[f"tests_{group}"] = text.strip().splitlines()[-1]
+
+
+def together(hour: Hour) -> None:
+    """A short training by one process a GPU, or by two on a CPU, and a sweep by as many against one by a single one."""
+    processes = 2 if hour.args.small else torch.cuda.device_count()
+    if processes < 2:
+        hour.figures["together"] = f"not run: it needs two GPUs, and this machine has {processes}"
+        return
+    trained = train(hour, "short_together", "--T_max", 1, epochs=1, processes=processes)
+    if trained:
+        # Threads and kernels decide about the last bits, and torchrun gives each process one thread.
+        same = ["--precision", "fp32", "--engine", "dense", "--threads", 1, "--deterministic", "--levels", "0:90:10"]
+        alone = sweep(hour, "rows_alone", [trained], *same)
+        shared = sweep(hour, "rows_together", [trained], *same, processes=processes)
+        found = [[row | {"seconds": None} for row in rows] for rows in (alone, shared)]
+        whole = all(hour.figures.get(name, {}).get("finished") for name in ("rows_alone", "rows_together"))
+        alike = found[0] == found[1] if whole else None
+        hour.figures["together"] = {"processes": processes, "rows": [len(alone), len(shared)], "same_rows": alike}
+        if alike is False:
+            hour.miss(f"agreement of processes (the rows of {processes} differ from those of one)")
 
 
 def speed(hour: Hour) -> None:
@@ -287,7 +168,7 @@ def pack(hour: Hour, path: Path) -> None:
 def sweeps(hour: Hour) -> None:
     """Stage 4."""
     if len(found := reference(hour)) < SEEDS:
-        hour.open.append(f"stage 4 ({len(found)} of {SEEDS} seeds of stage 3 are trained)")
+        hour.miss(f"some sweeps ({len(found)} of {SEEDS} seeds of stage 3 are trained)")
     if found:
         levels = ["--levels", "0,50,90"] if hour.args.small else []
         sweep(hour, "l1_uniform", found[:1], *levels)
@@ -305,7 +186,7 @@ def recovery(hour: Hour) -> None:
     better = sorted(hour.path("strong").glob("*_ckpt_epoch*.pth"), key=lambda path: path.stat().st_mtime)
     done = hour.commands.get("strong", {}).get("status") == "done"
     if not (found := better[-1:] if done and better else reference(hour)[:1]):
-        hour.open.append("stage 6 (needs a finished checkpoint of stage 3 or 5)")
+        hour.miss("all (a finished checkpoint of stage 3 or 5 is needed)")
         return
     small, stem = hour.args.small, found[0].parent.name
     levels = "80,95" if small else "80,90,95,97,98,99"
@@ -323,23 +204,24 @@ def work(args: argparse.Namespace) -> None:
     """The stages in their order, then the figures; UserError at the end unless all is complete."""
     runtime.prepare_folder(args.out, "--out", 1 << 30)
     hour = Hour(args)
-    if (known := hour.path("figures.json")).exists():
-        there = json.loads(known.read_text())
-        hour.figures, hour.commands = there["figures"], there["commands"]
+    hour.read()
     unpack_images(args)
     for number in args.stages:
         print(f"\nstage {number}: {STAGES[number].__name__}", flush=True)
+        hour.stage, hour.missing[str(number)] = number, []
         hour.deadline = time.monotonic() + 60 * args.limit_minutes
         try:
             STAGES[number](hour)
-        except UserError as error:
-            hour.open.append(f"stage {number} ({runtime.one_line(error)})")
-        hour.write()
+        except (UserError, OSError, LookupError, ValueError) as error:  # also a file that is not as it should be
+            hour.miss(runtime.one_line(error))
+        finally:  # Ctrl-C as well
+            hour.write()
     print("\nfigures")
     for name, figures in hour.figures.items():
         print(f"{name}: {json.dumps(figures, indent=2)}")
-    if hour.open:
-        raise UserError(f"incomplete: {'; '.join(hour.open)}; the same stages given again go on")
+    missing = [f"{what} of stage {number}" for number in args.stages for what in hour.missing[str(number)]]
+    if missing:
+        raise UserError(f"incomplete: {'; '.join(missing)}; the same stages given again go on")
 
 
 if __name__ == "__main__":
