@@ -236,4 +236,4 @@ def test_gradients_of_narrow_shortcuts_are_right(width, threads):
     for name, gradient in gradients[0].items():
         exact = gradients[1][name]
         # One ReLU that rounding switches moves them by percents; what is guarded against is wrong by hundreds of times.
-        assert float((gradient - exact).norm()) <= 0.2 * float(exact.norm()) + 1e-6
+        assert float((gradient - exact).detach().norm()) <= 0.2 * float(exact.detach().norm()) + 1e-6
