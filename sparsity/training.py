@@ -187,13 +187,16 @@ def train_one_epoch(
     losses, hits = [], []  # of the steps since the device was asked last
     loss_sum, correct, seen, total = 0.0, 0, 0, 0
     for step, (images, labels) in enumerate(batches, start=1):
-        optimizer.zero_grad(set_to_none=True)  # before the forward, whose CUDA graph may take the gradients' memory
+        if images.is_cuda:  # before the forward pass, whose CUDA graph may take the gradients' memory
+            optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             logits = forward(images.contiguous(memory_format=layout))
         begin, end = share(len(labels), team.rank, team.size)
         mine = labels[begin:end]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, mine, label_smoothing=label_smoothing)
+        if not images.is_cuda:  # as late as can be: the backward pass takes the same memory at once
+            optimizer.zero_grad(set_to_none=True)
         (loss * (len(mine) * team.size / len(labels)) if team.size > 1 else loss).backward()
         optimizer.step()
         after_step()
