@@ -60,6 +60,8 @@ class Ranks:
         self._exchanges += 1
         keys = [f"gather/{self._exchanges}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], pickle.dumps(value))
+        if self._exchanges > 2:  # all have come to the last one, and so have read what was said in the one before it
+            self.store.delete_key(f"gather/{self._exchanges - 2}/{self.rank}")
         values = []
         for key in keys:
             self.wait_for(key)

@@ -50,6 +50,13 @@ def test_everybody_hears_what_everybody_says(size):
     assert together(teams(size), talk) == [everything] * size
 
 
+def test_what_everybody_has_heard_does_not_stay_in_the_store():
+    members = teams(3)
+    heard = together(members, lambda team: [team.gather(number) for number in range(50)])
+    assert heard == [[[number] * 3 for number in range(50)]] * 3
+    assert members[0].store.num_keys() <= 2 * 3
+
+
 def test_one_alone_is_the_first_to_claim():
     claims = together(teams(4), lambda team: team.claim("a thing"))
     assert sorted(claims) == [False, False, False, True]
