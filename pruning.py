@@ -1,6 +1,47 @@
 """Prune a trained network level by level, evaluate every level, and plot test accuracy against sparsity."""
 
-from sparsity import answer_interrupts
+from sparsity.data.sources import DATASETS
+from sparsity.figures import accuracy, heatmaps
+from sparsity.figures.savings import savings_lines
+from sparsity.networks import checkpoint, families
+from sparsity.networks.checkpoint import Checkpoint
+from sparsity.networks.evaluation import compiled, default_batch_size
+from sparsity.networks.inference import inference_copy
+from sparsity.networks.layers import exclude, positions_per_image, prunable_layers
+from sparsity.networks.sparse import ENGINES, require_supported
+from sparsity.prune.filters import inner_convs
+from sparsity.prune.pruner import Pruner, baked
+from sparsity.recover import RECOVERIES
+from sparsity.results import store, summary
+from sparsity.results.files import SweepFiles
+from sparsity.results.rows import Curve, level_text, row_key
+from sparsity.results.store import Sweep
+from sparsity.sweep import chain, forecast, inputs
+from sparsity.sweep.collector import Collector, share_sweep
+from sparsity.sweep.controls import ControlBench, measure_controls, require_comparable
+from sparsity.sweep.export import Builder, Export, add_export_flags, refuse_export_clashes
+from sparsity.sweep.extras import find_exports, find_missing, make_extras
+from sparsity.sweep.level import Bench, Pruned, measure, measure_dense, tell_distant
+from sparsity.sweep.panel import (
+    SENSITIVITY_IMAGES,
+    SENSITIVITY_LEVELS,
+    Panel,
+    add_method_flags,
+    choose_panel,
+    product_panel,
+    refuse_clashes,
+)
+from sparsity.sweep.settings import describe_run
+from sparsity.sweep.subject import Subject, Subjects
+from sparsity.sweep.timing import Stopwatch
+from sparsity.sweep.work import Item, dealt, work_items
+from sparsity.system import errors, machine
+from sparsity.system.errors import UserError
+from sparsity.system.files import prepare_folder
+from sparsity.system.flags import add_machine_flags, integer, levels_type, number, parse_with_explicit, stem_type
+from sparsity.system.machine import set_up_machine
+from sparsity.system.processes import Ranks
+from sparsity.system.startup import answer_interrupts
 
 if __name__ == "__main__":
     answer_interrupts()
@@ -18,49 +59,6 @@ from torch import nn
 from tqdm import tqdm
 
 import Build_Resnet
-from sparsity import chain, checkpoint, forecast, heatmaps, inputs, plots, report, runtime, summary
-from sparsity.bench import Bench, Pruned, measure, measure_dense, tell_distant
-from sparsity.checkpoint import Checkpoint
-from sparsity.collector import Collector, share_sweep
-from sparsity.controls import ControlBench, measure_controls, require_comparable
-from sparsity.deal import Item, dealt, work_items
-from sparsity.engine import ENGINES, require_supported
-from sparsity.evaluation import compiled, default_batch_size, inference_copy
-from sparsity.export import Builder, Export, add_export_flags, refuse_export_clashes
-from sparsity.extras import find_exports, find_missing, make_extras
-from sparsity.files import SweepFiles
-from sparsity.flags import (
-    add_machine_flags,
-    integer,
-    levels_type,
-    number,
-    parse_with_explicit,
-    set_up_machine,
-    stem_type,
-)
-from sparsity.header import Curve
-from sparsity.masks import exclude, positions_per_image, prunable_layers
-from sparsity.panel import (
-    SENSITIVITY_IMAGES,
-    SENSITIVITY_LEVELS,
-    Panel,
-    add_method_flags,
-    choose_panel,
-    product_panel,
-    refuse_clashes,
-)
-from sparsity.pruner import Pruner, baked
-from sparsity.ranks import Ranks
-from sparsity.recovery import RECOVERIES
-from sparsity.report import Sweep
-from sparsity.rows import level_text, row_key
-from sparsity.runtime import UserError
-from sparsity.savings import savings_lines
-from sparsity.settings import describe_run
-from sparsity.sources import DATASETS
-from sparsity.stopwatch import Stopwatch
-from sparsity.subject import Subject, Subjects
-from sparsity.thinning import inner_convs
 
 BUILDER = Builder(Build_Resnet.build, Build_Resnet.spec_of)
 
@@ -130,7 +128,7 @@ def run_sweep(args: argparse.Namespace, team: Ranks) -> None:
     if args.measure and team.size > 1:
         raise UserError("--measure times networks, which other processes would disturb; leave torchrun out for it")
     args.batch_size = args.batch_size or default_batch_size(device)
-    runtime.prepare_folder(args.images_dir, "--images_dir", 64 << 20)
+    prepare_folder(args.images_dir, "--images_dir", 64 << 20)
     paths = args.checkpoint or [checkpoint.newest(args.checkpoint_dir)]
     rates = {"rate": args.finetune_learning_rate, "epochs": args.finetune_epochs}
     checkpoints = inputs.describe_checkpoints(paths, load_network, rates if "finetune" in args.recover else None)
@@ -144,7 +142,7 @@ def run_sweep(args: argparse.Namespace, team: Ranks) -> None:
     positions = positions_per_image(dense, example)
     prunable = exclude(prunable_layers(dense, example), args.exclude)
     panel = choose_panel(args, list(prunable), [name for name in inner_convs(dense) if name in prunable])
-    dtype = runtime.dtype_of(args.precision)
+    dtype = machine.dtype_of(args.precision)
     inference = inference_copy(dense.to(device), dtype)
     name = inputs.output_name(args.name, source, saved.model)
     files = SweepFiles(args.images_dir / f"{name}_{'sensitivity' if args.sensitivity else 'pruning'}")
@@ -187,14 +185,14 @@ def compare_controls(args: argparse.Namespace, bench: Bench, path: Path) -> None
     dense = load_network(path)[1].to(args.device)
     for extra in bench.extras:
         extra.begin(next(iter(bench.sweep.header["checkpoints"])), dense)
-    files, watch = ([extra for extra in bench.extras if isinstance(extra, kind)] for kind in (Export, Stopwatch))
+    exports, watch = ([extra for extra in bench.extras if isinstance(extra, kind)] for kind in (Export, Stopwatch))
     measure_controls(
         ControlBench(
             bench.sweep.files.controls,
             bench.test,
             bench.batch_size,
-            runtime.dtype_of(args.precision),
-            files[0].files if files else None,
+            machine.dtype_of(args.precision),
+            exports[0].files if exports else None,
             watch[0] if watch else None,
         ),
         args.controls,
@@ -236,14 +234,14 @@ def sweep_levels(bench: Bench, subject: Subject, item: Item, iterative: bool) ->
         bench.bar.set_description(f"{level_text(level)} % pruned")
         started = time.perf_counter()
         model, notes = pruner.prune(curve, level)
-        notes += recover(model, means, runtime.derived_seed(seed, round(level * 1e6)))
+        notes += recover(model, means, machine.derived_seed(seed, round(level * 1e6)))
         if iterative:  # the next level starts where this one ended
             plain = baked(model, means.dense)
             pruner = Pruner(plain, list(means.layers), means.calibration, seed, nested=True)
         if not sweep.has(name, curve, level):
             measure(bench, Pruned(name, curve, level, model, means.layers, subject.saved, notes, started))
             del model  # a masked network is three times as large as what is evaluated
-            runtime.release_memory()
+            machine.release_memory()
         if iterative:
             chain.save_state(
                 sweep.files.state(name, curve), row_key(name, curve, level), sweep.fingerprint(), pruner.network
@@ -270,13 +268,13 @@ def continue_chain(
 def load_network(path: Path) -> tuple[Checkpoint, nn.Module]:
     """A checkpoint, with its `model` entry filled in where the file has none, and its dense network on the CPU."""
     saved = checkpoint.load(path)
-    model = checkpoint.restore(saved, Build_Resnet.build, Build_Resnet.spec_of)
+    model = families.restore(saved, Build_Resnet.build, Build_Resnet.spec_of)
     return dataclasses.replace(saved, model=saved.model or Build_Resnet.spec_of(saved.net)), model
 
 
 def open_sweep(files: SweepFiles, *parts: Any) -> Sweep:
-    """`report.open_sweep`; at a restart the networks of iterative curves that are not done go as well."""
-    sweep = report.open_sweep(files, *parts)
+    """`store.open_sweep`; at a restart the networks of iterative curves that are not done go as well."""
+    sweep = store.open_sweep(files, *parts)
     if not sweep.rows:
         files.drop_states()
     return sweep
@@ -291,7 +289,7 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
         entries = summary.summarise_all(sweep, tolerance)
         sweep.finish(entries)
         summary.write_markdown(sweep)
-        plots.plot_all(sweep.files)
+        accuracy.plot_all(sweep.files)
         print(summary.summary_table(sweep))
         for line in [*(entry["sentence"] for entry in entries), *savings_lines(sweep)]:
             print(line)
@@ -302,12 +300,12 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     program, words = ("pruning.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
-    with runtime.usage_errors():
+    with errors.usage_errors():
         args = parse_args(argv)
-    args.command = runtime.command_line(program, words)
-    return runtime.run_main(
+    args.command = errors.command_line(program, words)
+    return errors.run_main(
         lambda team: run_sweep(args, team),
-        lambda: runtime.command_line(program, [word for word in words if args.restart or word != "--restart"]),
+        lambda: errors.command_line(program, [word for word in words if args.restart or word != "--restart"]),
     )
 
 

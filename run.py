@@ -1,6 +1,39 @@
 """Train a network on CIFAR, a folder of images or synthetic images, and save the checkpoints that pruning.py reads."""
 
-from sparsity import answer_interrupts
+from sparsity.data.images import Split, class_balanced_order, training_batches
+from sparsity.data.sources import DATASETS, Source, default_image_size, load_split
+from sparsity.figures.record import draw_pictures, write_record
+from sparsity.networks import checkpoint, families
+from sparsity.networks.evaluation import Evaluation, default_batch_size, evaluate_shared
+from sparsity.networks.inference import inference_copy, refresh
+from sparsity.networks.layers import memory_format
+from sparsity.system import errors, machine, processes
+from sparsity.system.files import prepare_folder
+from sparsity.system.errors import UserError
+from sparsity.system.flags import add_machine_flags, integer, number, parse_with_explicit
+from sparsity.system.machine import set_up_machine
+from sparsity.system.processes import Ranks
+from sparsity.system.startup import answer_interrupts
+from sparsity.training.distributed import (
+    average_statistics,
+    replicate,
+    require_enough,
+    share_batchnorm,
+    share_size,
+    start_group,
+)
+from sparsity.training.epoch import step_function, train_one_epoch
+from sparsity.training.optimizer import OPTIMIZERS, MovingAverage, make_optimizer, make_schedule
+from sparsity.training.recipe import add_recipe_flags, contradiction, settle_recipe
+from sparsity.training.resume import (
+    HISTORY_COLUMNS,
+    RaisingParser,
+    continue_settings,
+    find_training_state,
+    kept_settings,
+    restore_progress,
+    training_progress,
+)
 
 if __name__ == "__main__":
     answer_interrupts()
@@ -17,42 +50,6 @@ from torch import nn, optim
 from tqdm import tqdm
 
 import Build_Resnet
-from sparsity import checkpoint, ranks, runtime
-from sparsity.data import Split, class_balanced_order, training_batches
-from sparsity.evaluation import Evaluation, default_batch_size, inference_copy, refresh
-from sparsity.flags import add_machine_flags, integer, number, parse_with_explicit, set_up_machine
-from sparsity.parallel import (
-    average_statistics,
-    evaluate_shared,
-    replicate,
-    require_enough,
-    share_batchnorm,
-    share_size,
-    start_group,
-)
-from sparsity.ranks import Ranks
-from sparsity.recipe import add_recipe_flags, contradiction, settle_recipe
-from sparsity.record import draw_pictures, write_record
-from sparsity.resume import (
-    HISTORY_COLUMNS,
-    RaisingParser,
-    continue_settings,
-    find_training_state,
-    kept_settings,
-    restore_progress,
-    training_progress,
-)
-from sparsity.runtime import UserError
-from sparsity.sources import DATASETS, Source, default_image_size, load_split
-from sparsity.training import (
-    OPTIMIZERS,
-    MovingAverage,
-    make_optimizer,
-    make_schedule,
-    memory_format,
-    step_function,
-    train_one_epoch,
-)
 
 
 def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -120,8 +117,8 @@ def check_folders(args: argparse.Namespace, model: nn.Module, first_epoch: int) 
     weights = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     files = sum(is_saved(epoch, args) for epoch in range(first_epoch, args.epochs + 1))
     state = (4 if args.ema else 3) * weights  # weights, their average, and at most two buffers of the optimizer
-    runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir", files * weights + 2 * state)
-    runtime.prepare_folder(args.images_dir, "--images_dir", 1 << 20)
+    prepare_folder(args.checkpoint_dir, "--checkpoint_dir", files * weights + 2 * state)
+    prepare_folder(args.images_dir, "--images_dir", 1 << 20)
 
 
 def train(args: argparse.Namespace, team: Ranks) -> None:
@@ -137,7 +134,7 @@ def train(args: argparse.Namespace, team: Ranks) -> None:
     if team.size > 1 and args.compile == "auto":
         args.compile = "off"  # never tried around collectives; --compile on does
     device = set_up_machine(args, team)
-    runtime.prepare_folder(args.checkpoint_dir, "--checkpoint_dir")
+    prepare_folder(args.checkpoint_dir, "--checkpoint_dir")
     with team.in_turn("images"):
         training, test, data = load_images(source)
     require_enough(team, device, args.batch_size, len(training))
@@ -147,7 +144,7 @@ def train(args: argparse.Namespace, team: Ranks) -> None:
     check_folders(args, model, len(history) + 1)
     tested_network = average.module if average else model  # what is evaluated, and saved as the network
     after_step = partial(average.update_parameters, model) if average else lambda: None
-    dtype = runtime.dtype_of(args.precision)
+    dtype = machine.dtype_of(args.precision)
     inference = inference_copy(tested_network, dtype)
     training, test = training.to(device), test.to(device)
     announce(args, source.name, model, training, test, len(history))
@@ -207,7 +204,7 @@ def build_training(
     args: argparse.Namespace, spec: dict[str, Any], state: checkpoint.Checkpoint | None, device: torch.device
 ) -> tuple[nn.Module, MovingAverage | None, optim.Optimizer, optim.lr_scheduler.LRScheduler]:
     """Network (new, or the saved one of `state`), its average if there is to be one, optimizer and schedule."""
-    model = checkpoint.restore(state, Build_Resnet.build, Build_Resnet.spec_of) if state else Build_Resnet.build(spec)
+    model = families.restore(state, Build_Resnet.build, Build_Resnet.spec_of) if state else Build_Resnet.build(spec)
     model = model.to(device, memory_format=memory_format(model))
     average = MovingAverage(model, args.ema) if args.ema else None
     rule = (args.learning_rate, args.momentum, args.weight_decay, args.nesterov, args.norm_weight_decay)
@@ -219,7 +216,7 @@ def announce(args: argparse.Namespace, name: str, model: nn.Module, training: Sp
     """Say what is trained, on what, from which epoch on, and what of the network is tested."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     how = f"{args.precision}, {args.threads} threads" + (", compiled" if args.compile == "on" else "")
-    how += f", {ranks.launched()} processes" * (ranks.launched() > 1)
+    how += f", {processes.launched()} processes" * (processes.launched() > 1)
     print(f"{args.arch} with {parameters:,} parameters on {args.device} ({how})")
     print(f"{name}: {len(training):,} training and {len(test):,} test images of {args.image_size} pixels")
     if args.ema:
@@ -268,7 +265,7 @@ def describe_network(
         "data": data,
         "settings": kept_settings(args),
         "metrics": {name: value for name, value in history[-1].items() if name != "seconds"},
-        "versions": runtime.versions(),
+        "versions": machine.versions(),
     }
 
 
@@ -286,12 +283,12 @@ class progress_bar(tqdm):
 
 def main(argv: list[str] | None = None) -> int:
     program, words = ("run.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
-    with runtime.usage_errors():
+    with errors.usage_errors():
         args = parse_args(argv)
-    args.command = runtime.command_line(program, words)
-    return runtime.run_main(
+    args.command = errors.command_line(program, words)
+    return errors.run_main(
         lambda team: train(args, team),
-        lambda: runtime.command_line(program, words, *(["--resume"] if args.resume else [])),
+        lambda: errors.command_line(program, words, *(["--resume"] if args.resume else [])),
     )
 
 

@@ -14,9 +14,9 @@ from torch import nn
 
 import pruning
 import run
-from sparsity import plots
-from sparsity.data import Split
-from sparsity.files import SweepFiles
+from sparsity.data.images import Split
+from sparsity.figures import accuracy
+from sparsity.results.files import SweepFiles
 
 CLASSES = ("green", "red", "violet")
 TINY = ["--arch", "resnet18", "--width", "4", "--image_size", "8", "--batch_size", "16", "--precision", "fp32"]
@@ -161,7 +161,7 @@ def undrawn(request, monkeypatch):
     The figures themselves are drawn and looked at in test_plots, and at the end of real sweeps in test_pruning.
     """
     if not request.node.get_closest_marker("drawn"):
-        monkeypatch.setattr(plots, "plot_all", lambda files: None)
+        monkeypatch.setattr(accuracy, "plot_all", lambda files: None)
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,11 @@ from torchvision.ops import FrozenBatchNorm2d
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import Build_Resnet
-from sparsity import ranks
-from sparsity.data import Split, training_batches
-from sparsity.parallel import replicate, start_group
-from sparsity.ranks import ALONE, Ranks
-from sparsity.training import train_one_epoch
+from sparsity.data.images import Split, training_batches
+from sparsity.system import processes
+from sparsity.system.processes import ALONE, Ranks
+from sparsity.training.distributed import replicate, start_group
+from sparsity.training.epoch import train_one_epoch
 
 ARCH = {"arch": "resnet18", "num_classes": 10, "width": 4}
 
@@ -64,7 +64,7 @@ def gradients(model: nn.Module, split: Split, batch: int, dtype: torch.dtype, te
 
 def main() -> None:
     torch.set_num_threads(1)
-    team = ranks.start()
+    team = processes.start()
     team.join()
     start_group(team, torch.device("cpu"))
     torch.manual_seed(0)

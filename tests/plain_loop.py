@@ -21,7 +21,7 @@ from torchvision import datasets, transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import Build_Resnet
-from sparsity.data import class_balanced_order
+from sparsity.data.images import class_balanced_order
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

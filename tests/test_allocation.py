@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from sparsity import pruner
-from sparsity.allocation import ALLOCATIONS, prepare, rank
-from sparsity.calibration import Calibration
-from sparsity.criteria import CRITERIA, SQUARED, Evidence, score
-from sparsity.masks import apply_masks, prunable_layers, prune_l1_uniform
-from sparsity.pruner import Pruner
-from sparsity.runtime import UserError
+from sparsity.data.calibration import Calibration
+from sparsity.networks.layers import prunable_layers
+from sparsity.prune import pruner
+from sparsity.prune.allocation import ALLOCATIONS, prepare, rank
+from sparsity.prune.criteria import CRITERIA, SQUARED, Evidence, score
+from sparsity.prune.masks import apply_masks, prune_l1_uniform
+from sparsity.prune.pruner import Pruner
+from sparsity.system.errors import UserError
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 AMOUNTS = [0.0, 1e-4, 0.3, 0.5, 0.9, 0.999, 1.0]

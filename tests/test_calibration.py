@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsity.calibration import Calibration, draw_calibration, draw_positions, input_moments, input_rows, output_size
-from sparsity.data import normalise
+from sparsity.data.calibration import Calibration, draw_calibration
+from sparsity.data.images import normalise
+from sparsity.prune.moments import draw_positions, input_moments, input_rows, output_size
 
 CPU = torch.device("cpu")
 LAYERS = [

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import Build_Resnet
-from sparsity import checkpoint
-from sparsity.runtime import UserError, file_hash
+from sparsity.networks import checkpoint, families
+from sparsity.system.errors import UserError
+from sparsity.system.files import file_hash
 
 SPEC = {"arch": "resnet18", "num_classes": 3, "width": 4}
 
@@ -21,7 +22,7 @@ def model():
 
 
 def restore(path):
-    return checkpoint.restore(checkpoint.load(path), Build_Resnet.build, Build_Resnet.spec_of)
+    return families.restore(checkpoint.load(path), Build_Resnet.build, Build_Resnet.spec_of)
 
 
 def same(model, other):

@@ -7,10 +7,10 @@ import pytest
 from test_ranks import teams, together
 from test_report import LABELS, ZEROS, add, begin, contents, fill, predictions, row
 
-from sparsity.collector import Collector, DistantSweep, share_sweep
-from sparsity.ranks import Ranks
-from sparsity.report import read_sweep
-from sparsity.runtime import UserError
+from sparsity.results.store import read_sweep
+from sparsity.sweep.collector import Collector, DistantSweep, share_sweep
+from sparsity.system.errors import UserError
+from sparsity.system.processes import Ranks
 
 LEVELS = [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
 

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from conftest import SmallNet, awaken
 from torch import nn
 
-from sparsity import criteria
-from sparsity.allocation import prepare, rank
-from sparsity.calibration import Calibration
-from sparsity.criteria import CRITERIA, NEEDS_CALIBRATION, READS_LABELS, Evidence, score
-from sparsity.data import Split, normalise
-from sparsity.masks import apply_masks, prunable_layers, zeros_by_layer
-from sparsity.runtime import UserError
+from sparsity.data.calibration import Calibration
+from sparsity.data.images import Split, normalise
+from sparsity.networks.layers import prunable_layers, zeros_by_layer
+from sparsity.prune import criteria
+from sparsity.prune.allocation import prepare, rank
+from sparsity.prune.criteria import CRITERIA, NEEDS_CALIBRATION, READS_LABELS, Evidence, score
+from sparsity.prune.masks import apply_masks
+from sparsity.system.errors import UserError
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 

@@ -11,10 +11,10 @@ from conftest import CLASSES, write_image_folder
 from torchvision import datasets
 from torchvision.transforms import functional as torchvision_functional
 
-from sparsity import data
-from sparsity.data import Split, augment, class_balanced_order, cut_out, normalise, training_batches
-from sparsity.runtime import UserError
-from sparsity.sources import Source, load_split
+from sparsity.data import images
+from sparsity.data.images import Split, augment, class_balanced_order, cut_out, normalise, training_batches
+from sparsity.data.sources import Source, load_split
+from sparsity.system.errors import UserError
 
 
 def random_images(count=20, size=12):
@@ -108,11 +108,11 @@ def test_cutout_equals_a_plain_loop(side):
 def test_cutout_changes_nothing_but_its_squares():
     plain, again, cut = (list(training_batches(split_of(53), 10, 3, 2, side)) for side in (0, 0, 4))
     areas = []
-    for (images, labels), (same, _), (holes, cut_labels) in zip(plain, again, cut, strict=True):
-        assert torch.equal(images, same)
+    for (pixels, labels), (same, _), (holes, cut_labels) in zip(plain, again, cut, strict=True):
+        assert torch.equal(pixels, same)
         assert torch.equal(labels, cut_labels)
         holed = (holes == 0).all(dim=1)
-        assert torch.equal(holes, images.masked_fill(holed[:, None], 0))
+        assert torch.equal(holes, pixels.masked_fill(holed[:, None], 0))
         areas += holed.sum(dim=(1, 2)).tolist()
     assert min(areas) >= 4  # the centre is in the image
     assert max(areas) == 16
@@ -259,7 +259,7 @@ def test_a_cifar_archive_put_there_by_hand_is_used(tmp_path, monkeypatch):
     split, classes = load_split(Source("cifar10", tmp_path, 32), train=True)
     assert split.images.shape == (15, 3, 32, 32)
     assert split.labels.tolist() == [0, 1, 2] * 5
-    assert (split.mean, split.std) == data.CIFAR10_STATISTICS
+    assert (split.mean, split.std) == images.CIFAR10_STATISTICS
     assert len(classes) == 10
     small, _ = load_split(Source("cifar10", tmp_path, 16), train=False)
     assert small.images.shape == (3, 3, 16, 16)

@@ -11,14 +11,15 @@ from test_run import assert_same
 
 import pruning
 import run
-from sparsity import checkpoint, flags, runtime
-from sparsity.runtime import UserError
+from sparsity.networks import checkpoint
+from sparsity.system import errors, machine
+from sparsity.system.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def algorithms_as_found():
     yield
-    flags.make_deterministic(False)
+    machine.make_deterministic(False)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def twice(image_folder, tmp_path_factory):
         places = ["--checkpoint_dir", str(out / "checkpoints"), "--images_dir", str(out / "images")]
         levels = ["--levels", "0,50,100", "--recover", "batchnorm", "finetune", "--precision", "fp32"]
         assert pruning.main([*places, *levels, "--threads", "1", "--deterministic"]) == 0
-    flags.make_deterministic(False)
+    machine.make_deterministic(False)
     return folders
 
 
@@ -64,16 +65,16 @@ def test_the_json_tells_what_making_it_again_takes(twice, stem):
 
 
 def test_the_promise_is_given_back(image_folder, tmp_path):
-    flags.make_deterministic(True)
+    machine.make_deterministic(True)
     assert run.main(train_arguments(image_folder, tmp_path, "--epochs", "1")) == 0
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_compiling_is_left_out(capsys):
     cuda = torch.device("cuda")
-    assert [flags.resolve_compile("auto", cuda, wanted) for wanted in (False, True)] == ["on", "off"]
+    assert [machine.resolve_compile("auto", cuda, wanted) for wanted in (False, True)] == ["on", "off"]
     with pytest.raises(UserError, match="--compile on may give other bits"):
-        flags.resolve_compile("on", cuda, deterministic=True)
+        machine.resolve_compile("on", cuda, deterministic=True)
 
 
 def test_an_operation_that_cannot_keep_the_promise_is_a_user_error(capsys):
@@ -83,7 +84,7 @@ def test_an_operation_that_cannot_keep_the_promise_is_a_user_error(capsys):
             "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation, or ..."
         )
 
-    assert runtime.run_main(body, lambda: "") == 1
+    assert errors.run_main(body, lambda: "") == 1
     said = capsys.readouterr().err
     assert said.startswith("error: cumsum_cuda_kernel does not have") and said.count("\n") == 1
     assert "leave --deterministic out" in said

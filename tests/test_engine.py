@@ -11,12 +11,13 @@ from test_pruning import rows_of, sweep
 from torch import nn
 
 import Build_Resnet
-from sparsity import engine
-from sparsity.engine import SparseNetwork, choose_kernels, run_by, sparse_network
-from sparsity.evaluation import inference_copy
-from sparsity.masks import prunable_layers, prune_l1_uniform
-from sparsity.planes import Plane, PlaneConv, to_csr
-from sparsity.runtime import UserError
+from sparsity.networks import sparse as engine
+from sparsity.networks.inference import inference_copy
+from sparsity.networks.layers import prunable_layers
+from sparsity.networks.planes import Plane, PlaneConv, to_csr
+from sparsity.networks.sparse import SparseNetwork, choose_kernels, run_by, sparse_network
+from sparsity.prune.masks import prune_l1_uniform
+from sparsity.system.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 EXAMPLE = torch.zeros(1, 3, 16, 16)

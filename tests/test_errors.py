@@ -11,7 +11,7 @@ from conftest import write_image_folder
 import Build_Resnet
 import pruning
 import run
-from sparsity import checkpoint
+from sparsity.networks import checkpoint
 
 
 class Evil:

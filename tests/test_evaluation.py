@@ -11,10 +11,12 @@ from conftest import awaken
 from torch import nn
 
 import Build_Resnet
-from sparsity.data import normalise
-from sparsity.evaluation import compiled, evaluate, inference_copy, refresh
-from sparsity.masks import prunable_layers, prune_l1_uniform
-from sparsity.runtime import UserError
+from sparsity.data.images import normalise
+from sparsity.networks.evaluation import compiled, evaluate
+from sparsity.networks.inference import inference_copy, refresh
+from sparsity.networks.layers import prunable_layers
+from sparsity.prune.masks import prune_l1_uniform
+from sparsity.system.errors import UserError
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 

@@ -8,10 +8,10 @@ from test_pruning import rows_of, sweep, without_seconds
 
 import Build_Resnet
 import pruning
-from sparsity import checkpoint
-from sparsity.files import SweepFiles
-from sparsity.masks import prunable_layers
-from sparsity.report import read_sweep
+from sparsity.networks import checkpoint, families
+from sparsity.networks.layers import prunable_layers
+from sparsity.results.files import SweepFiles
+from sparsity.results.store import read_sweep
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 STEM = "colours_resnet18"
@@ -22,7 +22,7 @@ def export(out, *flags):
 
 
 def restored(path):
-    return checkpoint.restore(checkpoint.load(path), Build_Resnet.build, Build_Resnet.spec_of)
+    return families.restore(checkpoint.load(path), Build_Resnet.build, Build_Resnet.spec_of)
 
 
 def table(out):

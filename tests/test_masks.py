@@ -8,17 +8,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 import Build_Resnet
-from sparsity.masks import (
-    apply_masks,
+from sparsity.networks.layers import (
     census,
     effective_weight,
     exclude,
     positions_per_image,
     prunable_layers,
-    prune_l1_uniform,
     zeros_by_layer,
 )
-from sparsity.runtime import UserError
+from sparsity.prune.masks import apply_masks, prune_l1_uniform
+from sparsity.system.errors import UserError
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 LEVELS = [0, 5, 15, 33.3, 50, 95, 99.5, 100]

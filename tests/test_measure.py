@@ -20,14 +20,14 @@ from test_pruning import rows_of, sweep
 
 import Build_Resnet
 import run
-from sparsity import measure
-from sparsity.controls import read_controls
-from sparsity.evaluation import inference_copy
-from sparsity.files import SweepFiles
-from sparsity.measure import time_inference
-from sparsity.report import read_sweep
-from sparsity.runtime import UserError
-from sparsity.savings import pareto, savings_lines
+from sparsity.figures.savings import pareto, savings_lines
+from sparsity.networks.inference import inference_copy
+from sparsity.results.files import SweepFiles
+from sparsity.results.store import read_sweep
+from sparsity.sweep import measure
+from sparsity.sweep.controls import read_controls
+from sparsity.sweep.measure import time_inference
+from sparsity.system.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 CPU = torch.device("cpu")
@@ -84,10 +84,10 @@ def test_a_process_that_fails_is_told():
 
 def test_a_process_whose_parent_is_gone_ends(tmp_path):
     code = (
-        f"import sys; sys.path[:0] = {[str(Path(measure.__file__).parents[1])]!r}\n"
+        f"import sys; sys.path[:0] = {[str(Path(measure.__file__).parents[2])]!r}\n"
         "import torch, Build_Resnet\n"
-        "from sparsity import measure\n"
-        "from sparsity.evaluation import inference_copy\n"
+        "from sparsity.sweep import measure\n"
+        "from sparsity.networks.inference import inference_copy\n"
         "measure.RUNS = 20\n"
         "network = inference_copy(Build_Resnet.resnet50(width=16).eval())\n"
         "print('ready', flush=True)\n"
@@ -123,7 +123,7 @@ def without_processes(monkeypatch):
         base = weights if reference is None else sum(parameter.numel() for parameter in reference.parameters())
         return measure.Speed(weights / 1e4, 1e6 / weights, 300.0, 200.0, base / weights if reference else None)
 
-    monkeypatch.setattr("sparsity.stopwatch.time_inference", answer)
+    monkeypatch.setattr("sparsity.sweep.timing.time_inference", answer)
     return calls
 
 

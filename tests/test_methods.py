@@ -16,16 +16,18 @@ from test_pruning import rows_of, sweep, without_seconds
 
 import pruning
 import run
-from sparsity import chain, checkpoint, heatmaps
-from sparsity.allocation import ALLOCATIONS
-from sparsity.criteria import CRITERIA
-from sparsity.files import SweepFiles
-from sparsity.inputs import finetuning_rates, training_recipe
-from sparsity.panel import RECONSTRUCTED_LEVELS, missing_curves, product_panel, sensitivity_panel, standard_panel
-from sparsity.pruner import Pruner
-from sparsity.recovery import RECOVERIES
-from sparsity.report import read_sweep
-from sparsity.runtime import UserError
+from sparsity.figures import heatmaps
+from sparsity.networks import checkpoint
+from sparsity.prune.allocation import ALLOCATIONS
+from sparsity.prune.criteria import CRITERIA
+from sparsity.prune.pruner import Pruner
+from sparsity.recover import RECOVERIES
+from sparsity.results.files import SweepFiles
+from sparsity.results.store import read_sweep
+from sparsity.sweep import chain
+from sparsity.sweep.inputs import finetuning_rates, training_recipe
+from sparsity.sweep.panel import RECONSTRUCTED_LEVELS, missing_curves, product_panel, sensitivity_panel, standard_panel
+from sparsity.system.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 STEM = "colours_resnet18_pruning"

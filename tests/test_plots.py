@@ -4,14 +4,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from test_report import CURVE, LABELS, LAYERS, ZEROS, add, begin, header, row
 
-from sparsity import figures, heatmaps, plots
-from sparsity.files import SweepFiles
-from sparsity.report import open_sweep, read_sweep
-from sparsity.rows import Row, accuracy_columns, comparison_columns, write_csv
-from sparsity.runtime import UserError
+from sparsity.figures import accuracy, heatmaps, style, training
+from sparsity.results.files import SweepFiles
+from sparsity.results.rows import Row, accuracy_columns, comparison_columns
+from sparsity.results.store import open_sweep, read_sweep
+from sparsity.system.errors import UserError
+from sparsity.system.files import write_csv
 
 
 def ink(path):
@@ -45,7 +47,7 @@ def finished_sweep(tmp_path, checkpoints, level=40.0):
 @pytest.mark.parametrize("checkpoints", [["one.pth"], ["one.pth", "two.pth"]])
 def test_a_sweep_is_drawn_from_its_files(tmp_path, checkpoints):
     files = finished_sweep(tmp_path, checkpoints)
-    written = plots.plot_all(files)
+    written = accuracy.plot_all(files)
     assert [path.name for path in written] == [f"net_pruning{part}.png" for part in ("", *NAMES)]
     for path in written:
         width, height, share = ink(path)
@@ -54,7 +56,7 @@ def test_a_sweep_is_drawn_from_its_files(tmp_path, checkpoints):
         assert share > 0.02
         assert edges_are_white(path)
     first = [path.read_bytes() for path in written]
-    plots.plot_all(files)
+    accuracy.plot_all(files)
     assert [path.read_bytes() for path in written] == first
 
 
@@ -63,18 +65,18 @@ NAMES = ("_tradeoff", "_classes", "_layers", "_savings")
 
 def test_a_sweep_in_which_nothing_is_within_tolerance_is_drawn_without_a_mark(tmp_path):
     files = finished_sweep(tmp_path, ["one.pth"])
-    plots.plot_sweep(files)
+    accuracy.plot_sweep(files)
     marked = files.png.read_bytes()
     (tmp_path / "other").mkdir()
     files = finished_sweep(tmp_path / "other", ["one.pth"], level=None)
-    plots.plot_sweep(files)
+    accuracy.plot_sweep(files)
     assert ink(files.png)[2] > 0.02
     assert files.png.read_bytes() != marked
 
 
 def test_a_title_stays_in_the_picture(files):
     add(begin(files, title_header("$x_{" + "long " * 60 + "w" * 300)), row(0.0), row(40.0))
-    for path in plots.plot_all(files):
+    for path in accuracy.plot_all(files):
         assert edges_are_white(path)
 
 
@@ -87,14 +89,14 @@ def many_curves(count):
 def test_many_curves_are_named_without_running_out_of_the_picture(files, count):
     sweep = begin(files, title_header())
     add(sweep, *(row(level, curve=curve) for curve in many_curves(count) for level in (0.0, 40.0)))
-    plots.plot_sweep(files)
+    accuracy.plot_sweep(files)
     assert edges_are_white(files.png)
     assert ink(files.png)[0] > 1200
 
 
 def test_curves_of_one_criterion_and_allocation_share_a_colour_and_differ_in_their_lines():
     curves = many_curves(44)
-    styles = figures.curve_styles(curves)
+    styles = style.curve_styles(curves)
     for curve in curves:
         for other in curves:
             same = (
@@ -109,10 +111,10 @@ def test_a_leader_goes_to_where_the_curve_falls():
         made = [(level, dataclasses.replace(row(level), sparsity=level, accuracy=value)) for level, value in pairs]
         return {level: [each] for level, each in made}
 
-    assert plots._crossing(levels((0.0, 90.0), (40.0, 80.0), (60.0, 20.0), (80.0, 10.0)), 50) == (50, 50)
-    assert plots._crossing(levels((60.0, 40.0), (80.0, 10.0)), 50) == (60, 40)
-    assert plots._crossing(levels((60.0, 80.0), (80.0, 70.0)), 50) == (80, 70)
-    assert plots._crossing(levels((60.0, 80.0)), 50) == (60, 80)
+    assert accuracy._crossing(levels((0.0, 90.0), (40.0, 80.0), (60.0, 20.0), (80.0, 10.0)), 50) == (50, 50)
+    assert accuracy._crossing(levels((60.0, 40.0), (80.0, 10.0)), 50) == (60, 40)
+    assert accuracy._crossing(levels((60.0, 80.0), (80.0, 70.0)), 50) == (80, 70)
+    assert accuracy._crossing(levels((60.0, 80.0)), 50) == (60, 80)
 
 
 def test_levels_without_a_finite_ratio_are_left_out(files):
@@ -120,26 +122,26 @@ def test_levels_without_a_finite_ratio_are_left_out(files):
     ratios = {0.0: (1.0, 1.0), 50.0: (2.0, 3.0), 99.0: (1001.0, 999.0), 100.0: (float("inf"), float("inf"))}
     for level, (compression, macs) in ratios.items():
         add(sweep, dataclasses.replace(row(level), compression=compression, macs_ratio=macs))
-    plots.plot_tradeoff(files)
-    axes = figures.Figure().subplots()
+    accuracy.plot_tradeoff(files)
+    axes = Figure().subplots()
     levels = read_sweep(files).curves()[CURVE]
-    style = figures.curve_styles([CURVE])[CURVE]
-    assert plots._draw_ratio(axes, levels, style, "compression", CURVE) == 2
-    assert plots._draw_ratio(axes, levels, style, "macs_ratio", CURVE) == 999
+    look = style.curve_styles([CURVE])[CURVE]
+    assert accuracy._draw_ratio(axes, levels, look, "compression", CURVE) == 2
+    assert accuracy._draw_ratio(axes, levels, look, "macs_ratio", CURVE) == 999
     assert [len(line.get_xdata()) for line in axes.get_lines()] == [2, 3]
 
 
 def test_a_sweep_of_nothing_but_an_empty_network_is_drawn(files):
     empty = dataclasses.replace(row(100.0), compression=float("inf"), macs_ratio=float("inf"))
     add(begin(files, title_header()), empty)
-    for path in plots.plot_all(files):
+    for path in accuracy.plot_all(files):
         assert ink(path)[2] > 0.01
 
 
 def test_checkpoints_without_a_level_in_common_are_drawn_without_a_curve(files):
     names = ("one.pth", "two.pth")
     add(begin(files, title_header(checkpoints=names), checkpoints=names), row(0.0), row(40.0, "two.pth"))
-    for path in plots.plot_all(files):
+    for path in accuracy.plot_all(files):
         assert ink(path)[2] > 0.003
 
 
@@ -153,7 +155,7 @@ def test_any_number_of_classes(files, classes):
     columns = accuracy_columns(200, 200) | comparison_columns(labels == labels, labels == labels)
     for level in (0.0, 40.0):
         sweep.add(dataclasses.replace(row(level), **columns), labels, ZEROS)
-    plots.plot_classes(files)
+    heatmaps.plot_classes(files)
     width, height, _ = ink(files.with_suffix("_classes.png"))
     assert min(width, height) >= 500
     assert edges_are_white(files.with_suffix("_classes.png"))
@@ -216,7 +218,7 @@ def test_a_confusion_matrix_of_any_size(tmp_path, classes):
     names = [f"$class_{{{index}" for index in range(classes)]  # what matplotlib would take for a broken formula
     rows = [{"true class": name} | {other: int(other == name) for other in names} for name in names]
     write_csv(tmp_path / "confusion.csv", ("true class", *names), rows)
-    plots.plot_confusion(tmp_path / "confusion.csv", tmp_path / "confusion.png", "title")
+    training.plot_confusion(tmp_path / "confusion.csv", tmp_path / "confusion.png", "title")
     width, height, share = ink(tmp_path / "confusion.png")
     assert min(width, height) >= 800
     assert share > 0.02
@@ -225,5 +227,5 @@ def test_a_confusion_matrix_of_any_size(tmp_path, classes):
 def test_a_training_of_one_epoch_is_drawn(tmp_path):
     columns = ("epoch", "loss", "training_accuracy", "test_accuracy")
     write_csv(tmp_path / "training.csv", columns, [dict(zip(columns, (1, 2.0, 30.0, 40.0), strict=True))])
-    plots.plot_training(tmp_path / "training.csv", tmp_path / "training.png", "title")
+    training.plot_training(tmp_path / "training.csv", tmp_path / "training.png", "title")
     assert ink(tmp_path / "training.png")[2] > 0.02

@@ -11,13 +11,13 @@ from PIL import Image
 from plain_loop import load_images, plain_result
 
 import pruning
-from sparsity import checkpoint
-from sparsity.files import SweepFiles
-from sparsity.flags import levels_type
-from sparsity.inputs import distinct_names, output_name
-from sparsity.report import read_sweep
-from sparsity.sources import Source
-from sparsity.statistics import wilson_interval
+from sparsity.data.sources import Source
+from sparsity.networks import checkpoint
+from sparsity.results.files import SweepFiles
+from sparsity.results.statistics import wilson_interval
+from sparsity.results.store import read_sweep
+from sparsity.sweep.inputs import distinct_names, output_name
+from sparsity.system.flags import levels_type
 
 
 def sweep(out, *extra):

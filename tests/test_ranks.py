@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from sparsity import ranks
-from sparsity.deal import dealt, work_items
-from sparsity.parallel import evaluate_shared
-from sparsity.ranks import Ranks, share
+from sparsity.networks.evaluation import evaluate_shared
+from sparsity.sweep.work import dealt, work_items
+from sparsity.system import processes
+from sparsity.system import processes as ranks
+from sparsity.system.processes import Ranks, share
 
 UNIFORM, TUNED = ("l1", "uniform", "none"), ("l1", "uniform", "finetune")
 
@@ -98,7 +99,7 @@ def test_they_end_together_when_the_first_has_done_its_work():
 def test_a_process_that_does_not_come_is_lost(monkeypatch):
     monkeypatch.setattr(ranks, "PATIENCE", 0.3)
     members = teams(3)
-    with pytest.raises(ranks.LostProcess, match="rank 2 of 3 did not start"):
+    with pytest.raises(processes.LostProcess, match="rank 2 of 3 did not start"):
         together(members[:2], lambda team: team.join())
     assert members[0].death() is None
 
@@ -159,11 +160,11 @@ def test_shared_evaluation_gives_the_bits_of_one_process(small_net, small_split,
 
 
 def test_the_environment_tells_how_a_run_was_launched(monkeypatch):
-    assert ranks.launched() == 1 and ranks.is_first() and ranks.launch_words() == ["python"]
+    assert processes.launched() == 1 and processes.is_first() and processes.launch_words() == ["python"]
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert ranks.launched() == 4 and not ranks.is_first()
-    assert ranks.launch_words() == ["torchrun", "--nnodes=2", "...", "--nproc_per_node=2"]
+    assert processes.launched() == 4 and not processes.is_first()
+    assert processes.launch_words() == ["torchrun", "--nnodes=2", "...", "--nproc_per_node=2"]
 
 
 MISSING = {"a.pth": {UNIFORM: [10.0, 20.0], TUNED: [10.0]}, "b.pth": {UNIFORM: [10.0]}}

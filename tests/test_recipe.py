@@ -10,13 +10,14 @@ from test_run import assert_same, change, states, train
 
 import Build_Resnet
 import run
-from sparsity import checkpoint
-from sparsity.evaluation import evaluate, inference_copy
-from sparsity.inputs import finetuning_rates
-from sparsity.recovery.finetune import rewound_rates
-from sparsity.resume import KEPT
-from sparsity.runtime import UserError
-from sparsity.sources import Source, load_split
+from sparsity.data.sources import Source, load_split
+from sparsity.networks import checkpoint, families
+from sparsity.networks.evaluation import evaluate
+from sparsity.networks.inference import inference_copy
+from sparsity.recover.finetune import rewound_rates
+from sparsity.sweep.inputs import finetuning_rates
+from sparsity.system.errors import UserError
+from sparsity.training.resume import KEPT
 
 REFERENCE = {
     "batch_size": 128,
@@ -165,7 +166,7 @@ def test_what_is_tested_and_saved_is_the_average(strong, image_folder):
     differing = [name for name, value in state.net.items() if not torch.equal(value, trained[name])]
     assert all(("num_batches_tracked" in name) != (name in differing) for name in trained)
     assert state.content["averaged_steps"] == 12  # 48 images in batches of 16, four times
-    network = checkpoint.restore(state, Build_Resnet.build, Build_Resnet.spec_of)
+    network = families.restore(state, Build_Resnet.build, Build_Resnet.spec_of)
     test, _ = load_split(Source("folder", image_folder, 8), False, (state.data["mean"], state.data["std"]))
     found = evaluate(inference_copy(network), test, 32)
     assert found.loss == pytest.approx(state.content["metrics"]["test_loss"], rel=1e-4)

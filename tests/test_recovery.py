@@ -10,16 +10,18 @@ from conftest import SmallNet, awaken
 from torch import nn
 
 import Build_Resnet
-from sparsity.allocation import prepare, rank
-from sparsity.calibration import draw_calibration, input_rows
-from sparsity.data import normalise, training_batches
-from sparsity.evaluation import inference_copy
-from sparsity.masks import apply_masks, effective_weight, prunable_layers, prune_l1_uniform, zeros_by_layer
-from sparsity.recovery import RECOVERIES, Means
-from sparsity.recovery.batchnorm import reestimate_batchnorm
-from sparsity.recovery.finetune import Finetuning, finetune, rewound_rates
-from sparsity.recovery.reconstruction import Moments, reconstruct, refit, stream_copy
-from sparsity.runtime import UserError
+from sparsity.data.calibration import draw_calibration
+from sparsity.data.images import normalise, training_batches
+from sparsity.networks.inference import inference_copy
+from sparsity.networks.layers import effective_weight, prunable_layers, zeros_by_layer
+from sparsity.prune.allocation import prepare, rank
+from sparsity.prune.masks import apply_masks, prune_l1_uniform
+from sparsity.prune.moments import input_rows
+from sparsity.recover import RECOVERIES, Means
+from sparsity.recover.batchnorm import reestimate_batchnorm
+from sparsity.recover.finetune import Finetuning, finetune, rewound_rates
+from sparsity.recover.reconstruction import Moments, reconstruct, refit, stream_copy
+from sparsity.system.errors import UserError
 
 CPU = torch.device("cpu")
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -195,7 +197,7 @@ def test_a_row_whose_error_did_not_fall_keeps_its_masked_weights():
 def test_activations_that_are_computed_again_change_nothing(calibration, monkeypatch):
     results = []
     for limit in (0, 30_000, 50_000, 70_000, 90_000, 150_000, 1 << 40):  # kept nowhere, at some layers, everywhere
-        monkeypatch.setattr("sparsity.recovery.reconstruction.HELD_BYTES", limit)
+        monkeypatch.setattr("sparsity.recover.reconstruction.HELD_BYTES", limit)
         dense = small_resnet()
         model = pruned(dense, 0.7)
         means = means_of(dense, calibration)

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from sparsity.report import open_sweep, read_sweep
-from sparsity.rows import COLUMNS, Row, accuracy_columns, comparison_columns, level_text
-from sparsity.runtime import UserError
-from sparsity.statistics import mcnemar_p
+from sparsity.results.rows import COLUMNS, Row, accuracy_columns, comparison_columns, level_text
+from sparsity.results.statistics import mcnemar_p
+from sparsity.results.store import open_sweep, read_sweep
+from sparsity.system.errors import UserError
 
 CURVE = ("l1", "uniform", "none")
 LABELS = np.arange(40) % 4

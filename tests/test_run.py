@@ -9,9 +9,9 @@ import torch
 from conftest import train_arguments
 
 import run
-from sparsity import checkpoint
-from sparsity.data import class_balanced_order
-from sparsity.sources import Source, load_split
+from sparsity.data.images import class_balanced_order
+from sparsity.data.sources import Source, load_split
+from sparsity.networks import checkpoint
 
 
 def states(path):

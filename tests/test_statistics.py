@@ -6,8 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from sparsity.runtime import UserError
-from sparsity.statistics import (
+from sparsity.results.statistics import (
     choose_level,
     choosing_half,
     class_accuracy,
@@ -20,6 +19,7 @@ from sparsity.statistics import (
     t_quantile,
     wilson_interval,
 )
+from sparsity.system.errors import UserError
 
 
 @pytest.mark.parametrize(

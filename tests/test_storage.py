@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import Build_Resnet
-from sparsity import checkpoint, layout, storage
-from sparsity.runtime import UserError
+from sparsity.networks import checkpoint, families, layout, packed
+from sparsity.system.errors import UserError
 
 SPEC = {"arch": "resnet18", "num_classes": 3, "width": 4}
 METADATA = {"epoch": 7, "model": SPEC, "settings": {"seed": 3, "note": "größer"}, "metrics": [0.1, 1e-300, None]}
@@ -61,7 +61,7 @@ def network(level=0.0):
 
 
 def written(path, state, metadata=METADATA, precision="fp32"):
-    path.write_bytes(storage.pack(state, metadata, precision))
+    path.write_bytes(packed.pack(state, metadata, precision))
     return path
 
 
@@ -69,9 +69,9 @@ def written(path, state, metadata=METADATA, precision="fp32"):
 @pytest.mark.parametrize("level", [0, 0.5, 0.86, 0.99, 1])
 def test_everything_comes_back(tmp_path, level, precision):
     state = network(level)
-    found, metadata = storage.unpack(written(tmp_path / "net.npz", state, precision=precision))
+    found, metadata = packed.unpack(written(tmp_path / "net.npz", state, precision=precision))
     assert metadata == METADATA
-    assert same(found, storage.stored(state, precision))
+    assert same(found, packed.stored(state, precision))
     if precision == "fp32":
         assert same(found, state)
 
@@ -82,28 +82,28 @@ def test_bf16_is_the_nearest_with_ties_to_even():
     values = torch.cat([patterns, ties, ties + 1, ties - 1]).view(torch.float32)
     values = torch.cat([values, -values])
     expected = values.bfloat16().float() + 0.0  # -0.0 + 0.0 is 0.0
-    assert bits(storage.stored({"w": values}, "bf16")["w"]) == bits(expected)
+    assert bits(packed.stored({"w": values}, "bf16")["w"]) == bits(expected)
 
 
 def test_minus_zero_becomes_zero_and_nothing_else_changes(tmp_path):
     state = {"w": torch.tensor([-0.0, 0.0, -1e-45, -1.0])}
-    found, _ = storage.unpack(written(tmp_path / "net.npz", state))
+    found, _ = packed.unpack(written(tmp_path / "net.npz", state))
     assert same(found, {"w": torch.tensor([0.0, 0.0, -1e-45, -1.0])})
-    assert same(found, storage.stored(state))
+    assert same(found, packed.stored(state))
     assert bits(state["w"][:1]) == bits(torch.tensor([-0.0]))  # the network itself is left alone
 
 
 def test_what_is_stored_shares_no_memory():
     state = network()
     before = {name: tensor.clone() for name, tensor in state.items()}
-    for tensor in storage.stored(state).values():
+    for tensor in packed.stored(state).values():
         tensor.fill_(1)
     assert same(state, before)
 
 
 def test_strided_tensors_and_those_with_gradients_are_packed_in_their_order(tmp_path):
     weight = weights(4, 6, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
-    found, _ = storage.unpack(written(tmp_path / "net.npz", {"w": weight, "t": weights(3, 5).T}))
+    found, _ = packed.unpack(written(tmp_path / "net.npz", {"w": weight, "t": weights(3, 5).T}))
     assert same(found, {"w": weight.detach().contiguous(), "t": weights(3, 5).T.contiguous()})
 
 
@@ -112,14 +112,14 @@ def test_a_packed_checkpoint_is_the_same_network(tmp_path, precision):
     torch.manual_seed(0)
     model = Build_Resnet.build(SPEC).eval()
     content = {"net": checkpoint.plain_state(model), **METADATA}
-    checkpoint.save(tmp_path / "net.pth", {**content, "net": storage.stored(content["net"], precision)})
+    checkpoint.save(tmp_path / "net.pth", {**content, "net": packed.stored(content["net"], precision)})
     checkpoint.save_packed(tmp_path / "net.npz", content, precision)
     loaded = [checkpoint.load(tmp_path / name) for name in ("net.pth", "net.npz")]
-    plain, packed = (checkpoint.restore(one, Build_Resnet.build, Build_Resnet.spec_of) for one in loaded)
-    assert same(plain.state_dict(), packed.state_dict())
+    plain, back = (families.restore(one, Build_Resnet.build, Build_Resnet.spec_of) for one in loaded)
+    assert same(plain.state_dict(), back.state_dict())
     assert (loaded[1].epoch, loaded[1].model, loaded[1].settings) == (7, SPEC, METADATA["settings"])
     assert loaded[1].content["metrics"] == METADATA["metrics"]
-    packed(torch.zeros(1, 3, 8, 8))
+    back(torch.zeros(1, 3, 8, 8))
 
 
 def test_a_packed_file_is_checked_like_any_other(tmp_path):
@@ -135,23 +135,23 @@ def test_a_packed_file_is_checked_like_any_other(tmp_path):
 @pytest.mark.parametrize(("precision", "value_bits", "bound"), [("fp32", 32, 0.87), ("bf16", 16, 0.72)])
 def test_size_stays_below_the_yardstick(level, precision, value_bits, bound):
     weight = cut(weights(512, 128, 3, 3), level)
-    size = 8 * len(storage.pack({"w": weight}, {}, precision)) / weight.numel()
-    assert size <= bound * storage.entropy_bits(int((weight == 0).sum()), weight.numel(), value_bits)
+    size = 8 * len(packed.pack({"w": weight}, {}, precision)) / weight.numel()
+    assert size <= bound * packed.entropy_bits(int((weight == 0).sum()), weight.numel(), value_bits)
 
 
 def test_layers_of_unequal_density_share_a_file():
     """Each is coded as suits it: together no larger than apart."""
     layers = [cut(weights(256, 64, 3, 3, seed=seed), level) for seed, level in enumerate((0.2, 0.99, 0.6, 0.95))]
-    apart = sum(len(storage.pack({"w": layer}, {})) for layer in layers)
-    together = len(storage.pack({str(seed): layer for seed, layer in enumerate(layers)}, {}))
+    apart = sum(len(packed.pack({"w": layer}, {})) for layer in layers)
+    together = len(packed.pack({str(seed): layer for seed, layer in enumerate(layers)}, {}))
     assert together <= apart
 
 
 def test_the_yardstick():
-    assert storage.entropy_bits(0, 10) == 32
-    assert storage.entropy_bits(10, 10) == 0
-    assert storage.entropy_bits(5, 10, 16) == 9
-    assert storage.entropy_bits(95, 100) == pytest.approx(1.8864, abs=1e-4)
+    assert packed.entropy_bits(0, 10) == 32
+    assert packed.entropy_bits(10, 10) == 0
+    assert packed.entropy_bits(5, 10, 16) == 9
+    assert packed.entropy_bits(95, 100) == pytest.approx(1.8864, abs=1e-4)
 
 
 def test_only_bytes_are_in_the_file_for_any_reader(tmp_path):
@@ -177,25 +177,25 @@ def test_only_bytes_are_in_the_file_for_any_reader(tmp_path):
 )
 def test_what_cannot_be_packed_is_said(state, metadata, error, said):
     with pytest.raises(error, match=said):
-        storage.pack(state, metadata)
+        packed.pack(state, metadata)
 
 
 def test_values_that_rounding_makes_infinite_are_not_packed():
     state = {"w": torch.tensor([3.4e38])}
-    assert storage.pack(state, {})
+    assert packed.pack(state, {})
     with pytest.raises(ValueError, match="w holds values beyond bfloat16"):
-        storage.pack(state, {}, "bf16")
+        packed.pack(state, {}, "bf16")
 
 
 def test_a_network_of_nothing_that_could_not_be_read_back_is_not_packed(monkeypatch):
     monkeypatch.setattr(layout, "DENSE_LIMIT", 2**20)
-    assert storage.pack({"w": torch.zeros(2**18)}, {})
+    assert packed.pack({"w": torch.zeros(2**18)}, {})
     with pytest.raises(ValueError, match="too many"):
-        storage.pack({"w": torch.zeros(2**20)}, {})
+        packed.pack({"w": torch.zeros(2**20)}, {})
 
 
 def test_tuples_become_lists(tmp_path):
-    assert storage.unpack(written(tmp_path / "net.npz", {}, {"mean": (0.5, 1)})) == ({}, {"mean": [0.5, 1]})
+    assert packed.unpack(written(tmp_path / "net.npz", {}, {"mean": (0.5, 1)})) == ({}, {"mean": [0.5, 1]})
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def small():
 
 
 def arrays():
-    with np.load(io.BytesIO(storage.pack(small(), {"epoch": 1}))) as found:
+    with np.load(io.BytesIO(packed.pack(small(), {"epoch": 1}))) as found:
         return {name: found[name] for name in found.files}
 
 
@@ -260,7 +260,7 @@ def with_plane(path, *planes):
 
 def patched(path, signature, offset, value):
     """A good file with bytes of a record of its zip directory written over."""
-    content = bytearray(storage.pack(small(), {}))
+    content = bytearray(packed.pack(small(), {}))
     start = content.rindex(signature) + offset
     content[start : start + len(value)] = value
     path.write_bytes(content)
@@ -315,8 +315,8 @@ BAD = {
     "a pickle": (lambda path: path.write_bytes(pickle.dumps(Evil())), "damaged"),
     "other zip": (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "b"), "does not hold the arrays"),
     "other npz": (lambda path: np.savez_compressed(path, labels=np.zeros(5)), "does not hold the arrays"),
-    "cut short": (lambda path: path.write_bytes(storage.pack(small(), {})[:-100]), "does not end as"),
-    "head gone": (lambda path: path.write_bytes(storage.pack(small(), {})[100:]), "does not end as"),
+    "cut short": (lambda path: path.write_bytes(packed.pack(small(), {})[:-100]), "does not end as"),
+    "head gone": (lambda path: path.write_bytes(packed.pack(small(), {})[100:]), "does not end as"),
     "array missing": (lambda path: rewritten(path, "gaps"), "does not hold the arrays"),
     "array too many": (lambda path: rewritten(path, more=np.zeros(1, np.uint8)), "does not hold the arrays"),
     "array twice": (twice, "does not hold the arrays"),
@@ -355,7 +355,7 @@ BAD = {
     "place beyond numbers": (lambda path: patched(path, b"PK\x01\x02", 42, b"\xff\xff\xff\xff"), "damaged"),
     "declared smaller": (lambda path: patched(path, b"PK\x01\x02", 24, b"\x10\0\0\0"), "values takes|Bad CRC"),
     "huge directory": (lambda path: patched(path, b"PK\x05\x06", 12, b"\xff\xff\xff\0"), "does not end as"),
-    "more behind": (lambda path: path.write_bytes(bytes(storage.pack(small(), {})) + b"x"), "does not end as"),
+    "more behind": (lambda path: path.write_bytes(bytes(packed.pack(small(), {})) + b"x"), "does not end as"),
     "comment": (lambda path: patched(path, b"PK\x05\x06", 20, b"\x05\0"), "does not end as"),
     "version 2": (lambda path: with_text(path, b'"version":1', b'"version":2'), "not of version 1"),
     "version true": (lambda path: with_text(path, b'"version":1', b'"version":true'), "not of version 1"),
@@ -434,7 +434,7 @@ def peak_memory(work):
 
 def refused(path):
     with pytest.raises(UserError):
-        storage.unpack(path)
+        packed.unpack(path)
 
 
 @pytest.mark.parametrize("kind", ["bomb", "huge shape", "beyond memory", "no bytes behind", "huge directory"])
@@ -459,7 +459,7 @@ def test_packing_and_unpacking_take_a_few_times_the_network(tmp_path, level):
     path = tmp_path / "net.npz"
     block = 2**24  # which numpy writes at a time
     assert peak_memory(lambda: written(path, state)) < 3 * size + 2 * block
-    assert peak_memory(lambda: storage.unpack(path)) < 3 * size
+    assert peak_memory(lambda: packed.unpack(path)) < 3 * size
 
 
 def test_places_that_are_no_file(tmp_path):
@@ -477,7 +477,7 @@ def test_places_that_are_no_file(tmp_path):
         with pytest.raises(UserError, match=f"{name}.npz .*{said}"):
             checkpoint.load(tmp_path / f"{name}.npz")
         with pytest.raises(UserError, match=f"{name}.npz .*not a file"):
-            storage.unpack(tmp_path / f"{name}.npz")
+            packed.unpack(tmp_path / f"{name}.npz")
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
@@ -488,7 +488,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(path), "open", denied)  # root may read everything, so that modes would not do
     with pytest.raises(UserError, match=r"net.npz cannot be read \(Permission denied\)"):
-        storage.unpack(path)
+        packed.unpack(path)
 
 
 def corrupted(content, draw):
@@ -532,7 +532,7 @@ def test_a_damaged_file_is_refused_or_means_the_same(tmp_path):
         for _ in range(2000):
             path.write_bytes(corrupted(content, draw))
             try:
-                found, metadata = storage.unpack(path)
+                found, metadata = packed.unpack(path)
             except UserError as error:
                 assert "\n" not in str(error)
                 outcomes["refused"] += 1

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_report import CURVE, LABELS, ZEROS, add, begin, fill, header, predictions, row
 
-from sparsity import summary
-from sparsity.rows import accuracy_columns, comparison_columns
-from sparsity.statistics import choosing_half, mcnemar_p
+from sparsity.results import summary
+from sparsity.results.rows import accuracy_columns, comparison_columns
+from sparsity.results.statistics import choosing_half, mcnemar_p
 
 GLOBAL = ("l1", "global", "none")
 

@@ -8,11 +8,12 @@ from conftest import awaken
 from torch import nn
 
 import Build_Resnet
-from sparsity.allocation import prepare, rank
-from sparsity.criteria import filter_l1
-from sparsity.masks import prunable_layers, prune_l1_uniform, unmasked_state
-from sparsity.pruner import Pruner
-from sparsity.thinning import branches, inner_convs, mask_filters, thin
+from sparsity.networks.layers import prunable_layers, unmasked_state
+from sparsity.prune.allocation import prepare, rank
+from sparsity.prune.criteria import filter_l1
+from sparsity.prune.filters import branches, inner_convs, mask_filters, thin
+from sparsity.prune.masks import prune_l1_uniform
+from sparsity.prune.pruner import Pruner
 
 LEVELS = [0, 30, 50, 70, 90, 99.5, 100]
 ARCHS = ["resnet18", "resnet50"]

@@ -10,18 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import Build_Resnet
-from sparsity.data import normalise, training_batches
-from sparsity.flags import resolve_compile
-from sparsity.runtime import UserError
-from sparsity.training import (
-    OPTIMIZERS,
-    MovingAverage,
-    make_optimizer,
-    make_schedule,
-    memory_format,
-    step_function,
-    train_one_epoch,
-)
+from sparsity.data.images import normalise, training_batches
+from sparsity.networks.layers import memory_format
+from sparsity.system.errors import UserError
+from sparsity.system.machine import resolve_compile
+from sparsity.training.epoch import step_function, train_one_epoch
+from sparsity.training.optimizer import OPTIMIZERS, MovingAverage, make_optimizer, make_schedule
 
 
 def rates_of(model, rate, epochs, *schedule_arguments):

@@ -21,7 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import Build_Resnet
-from sparsity import checkpoint, runtime
+from sparsity.networks import checkpoint
+from sparsity.system import machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +81,7 @@ def main() -> None:
                 times[number].append(timed(number, args.threads, words, out))
                 tables[number] = rows(out)
     print(
-        f"{runtime.machine(torch.device('cpu'))['device']}, {args.threads} threads a process, torch {torch.__version__}"
+        f"{machine.machine(torch.device('cpu'))['device']}, {args.threads} threads a process, torch {torch.__version__}"
     )
     base, figures = None, {}
     for number, turns in times.items():

@@ -20,15 +20,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from timing import seconds
 
 import Build_Resnet
-from sparsity import checkpoint, runtime
-from sparsity.calibration import draw_calibration
-from sparsity.data import CIFAR10_STATISTICS, Split
-from sparsity.evaluation import default_batch_size, evaluate, inference_copy
-from sparsity.flags import apply_threads
-from sparsity.masks import prunable_layers, zeros_by_layer
-from sparsity.pruner import Pruner
-from sparsity.recovery import RECOVERIES, Means
-from sparsity.sources import Source, load_split
+from sparsity.data.calibration import draw_calibration
+from sparsity.data.images import CIFAR10_STATISTICS, Split
+from sparsity.data.sources import Source, load_split
+from sparsity.networks import checkpoint, families
+from sparsity.networks.evaluation import default_batch_size, evaluate
+from sparsity.networks.inference import inference_copy
+from sparsity.networks.layers import prunable_layers, zeros_by_layer
+from sparsity.prune.pruner import Pruner
+from sparsity.recover import RECOVERIES, Means
+from sparsity.system import machine
+from sparsity.system.machine import apply_threads
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,13 +55,13 @@ def training_images(args: argparse.Namespace) -> Split:
 
 def measure(args: argparse.Namespace) -> None:
     """One recovery: how long it took beside an evaluation, and the peak memory of this process."""
-    device = runtime.resolve_device(args.device)
-    dtype = runtime.dtype_of(runtime.resolve_precision(args.precision, device))
+    device = machine.resolve_device(args.device)
+    dtype = machine.dtype_of(machine.resolve_precision(args.precision, device))
     threads = apply_threads(args.threads)
     torch.manual_seed(0)
     spec = {"arch": "resnet50", "num_classes": 10, "width": 64}
     if args.checkpoint:
-        dense = checkpoint.restore(checkpoint.load(args.checkpoint), Build_Resnet.build, Build_Resnet.spec_of)
+        dense = families.restore(checkpoint.load(args.checkpoint), Build_Resnet.build, Build_Resnet.spec_of)
     else:
         dense = Build_Resnet.build(spec).eval()
     dense.to(device)

@@ -37,14 +37,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from timing import take_turns
 
 import Build_Resnet
-from sparsity import allocation, checkpoint, runtime
-from sparsity.engine import choose_kernels, run_by, sparse_network
-from sparsity.evaluation import inference_copy
-from sparsity.figures import COLOURS, save_figure, set_title
-from sparsity.flags import apply_threads, levels_type, stem_type
-from sparsity.masks import apply_masks, prunable_layers
-from sparsity.planes import Plane, PlaneConv, to_csr
-from sparsity.rows import level_text, write_csv
+from sparsity.figures.style import COLOURS, save_figure, set_title
+from sparsity.networks import checkpoint, families
+from sparsity.networks.inference import inference_copy
+from sparsity.networks.layers import prunable_layers
+from sparsity.networks.planes import Plane, PlaneConv, to_csr
+from sparsity.networks.sparse import choose_kernels, run_by, sparse_network
+from sparsity.prune import allocation
+from sparsity.prune.masks import apply_masks
+from sparsity.results.rows import level_text
+from sparsity.system import errors, files, machine
+from sparsity.system.files import write_csv
+from sparsity.system.flags import levels_type, stem_type
+from sparsity.system.machine import apply_threads
 
 COLUMNS = ("part", "subject", "kind", "kernel", "level", "milliseconds", "dense_milliseconds", "ratio", "notes")
 IMAGES = 64  # per timing of the whole network, whatever the batch size
@@ -135,7 +140,7 @@ def verified(name: str, weight: Tensor, x: Tensor, level: float) -> Callable[[],
         work, weight = contestants(name, weight, x, level)
         result = work()
     except (RuntimeError, NotImplementedError) as error:
-        print(f"{name}, {tuple(weight.shape)}: not possible here: {runtime.one_line(error)[:160]}", file=sys.stderr)
+        print(f"{name}, {tuple(weight.shape)}: not possible here: {errors.one_line(error)[:160]}", file=sys.stderr)
         return None
     images = result.images() if isinstance(result, Plane) else result
     if images.dim() == 2:
@@ -214,7 +219,7 @@ def measurements(args: argparse.Namespace) -> Iterator[list[dict]]:
     if args.part != "layers":
         model = Build_Resnet.resnet50()
         if args.checkpoint:
-            model = checkpoint.restore(checkpoint.load(args.checkpoint), Build_Resnet.build, Build_Resnet.spec_of)
+            model = families.restore(checkpoint.load(args.checkpoint), Build_Resnet.build, Build_Resnet.spec_of)
         for dealt in ("uniform", "global") if args.checkpoint else ("uniform",):
             yield from network_rows(model.eval(), dealt, args)
 
@@ -267,7 +272,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--part", choices=("both", "layers", "network"), default="both", help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant; the median counts")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
-    parser.add_argument("--device", type=runtime.resolve_device, default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--device", type=machine.resolve_device, default="auto", help="auto, cpu, cuda")
     parser.add_argument("--images_dir", type=Path, default=Path("images"), help="where plot and tables go")
     parser.add_argument("--name", type=stem_type, default="resnet50", help="stem of the outputs (%(default)s)")
     return parser.parse_args()
@@ -279,12 +284,12 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     warnings.filterwarnings("ignore", "Sparse .* support is in beta")
-    runtime.prepare_folder(args.images_dir, "--images_dir")
-    stem, machine = args.images_dir / f"{args.name}_sparse_kernels", runtime.machine(args.device)
+    files.prepare_folder(args.images_dir, "--images_dir")
+    stem, here = args.images_dir / f"{args.name}_sparse_kernels", machine.machine(args.device)
     settings = {key: str(value) for key, value in vars(args).items()}
-    header = {"machine": machine, "versions": runtime.versions(), "settings": settings}
-    runtime.write_json(stem.with_suffix(".json"), header)
-    where = f"{machine['device']}, {machine['threads']} threads, torch {torch.__version__}"
+    header = {"machine": here, "versions": machine.versions(), "settings": settings}
+    files.write_json(stem.with_suffix(".json"), header)
+    where = f"{here['device']}, {here['threads']} threads, torch {torch.__version__}"
     print(f"{where}, batches of {args.batch_size}" + "; no 2:4, which needs CUDA" * (args.device.type != "cuda"))
     rows: list[dict] = []
     for found in measurements(args):

@@ -22,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from timing import seconds
 
 import Build_Resnet
-from sparsity import checkpoint, runtime, storage
-from sparsity.flags import apply_threads
-from sparsity.masks import prunable_layers, prune_l1_uniform, zeros_by_layer
-from sparsity.pruner import baked
+from sparsity.networks import checkpoint, families, packed
+from sparsity.networks.layers import prunable_layers, zeros_by_layer
+from sparsity.prune.masks import prune_l1_uniform
+from sparsity.prune.pruner import baked
+from sparsity.system import machine
+from sparsity.system.machine import apply_threads
 
 CPU = torch.device("cpu")
 VALUE_BITS = {"fp32": 32, "bf16": 16}
@@ -64,8 +66,8 @@ def line(path: Path, state: dict[str, Tensor], zeros: int, weights: int, precisi
     loading = seconds(lambda: loaded.append(checkpoint.load(path)), CPU)
     size = path.stat().st_size
     bits = 8 * size / weights
-    yardstick = storage.entropy_bits(zeros, weights, VALUE_BITS[precision])
-    alike = same_bits(loaded[0].net, storage.stored(state, precision))
+    yardstick = packed.entropy_bits(zeros, weights, VALUE_BITS[precision])
+    alike = same_bits(loaded[0].net, packed.stored(state, precision))
     figures = [f"{size:,}", f"{bits:.3f}", f"{yardstick:.3f}", f"{bits / yardstick:.3f}"]
     return [*figures, f"{packing:.1f}", f"{loading:.1f}", "yes" if alike else "NO"]
 
@@ -75,10 +77,10 @@ def main() -> None:
     threads = apply_threads(args.threads)
     torch.manual_seed(0)
     if args.checkpoint:
-        dense = checkpoint.restore(checkpoint.load(args.checkpoint), Build_Resnet.build, Build_Resnet.spec_of)
+        dense = families.restore(checkpoint.load(args.checkpoint), Build_Resnet.build, Build_Resnet.spec_of)
     else:
         dense = Build_Resnet.resnet50().eval()
-    print(f"{runtime.machine(CPU)['device']}, {threads} threads, torch {torch.__version__}\n")
+    print(f"{machine.machine(CPU)['device']}, {threads} threads, torch {torch.__version__}\n")
     head = ["level", "precision", "bytes", "bits/weight", "yardstick", "ratio", "pack,s", "load,s", "same"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     with tempfile.TemporaryDirectory() as folder:

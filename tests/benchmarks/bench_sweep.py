@@ -40,12 +40,15 @@ from timing import (
 )
 
 import Build_Resnet
-from sparsity import checkpoint, runtime
-from sparsity.data import CIFAR10_STATISTICS, Split, normalise
-from sparsity.engine import run_by
-from sparsity.evaluation import compiled, default_batch_size, evaluate, inference_copy, refresh
-from sparsity.masks import census, positions_per_image, prunable_layers, prune_l1_uniform, zeros_by_layer
-from sparsity.pruner import Pruner
+from sparsity.data.images import CIFAR10_STATISTICS, Split, normalise
+from sparsity.networks import checkpoint, families
+from sparsity.networks.evaluation import compiled, default_batch_size, evaluate
+from sparsity.networks.inference import inference_copy, refresh
+from sparsity.networks.layers import census, positions_per_image, prunable_layers, zeros_by_layer
+from sparsity.networks.sparse import run_by
+from sparsity.prune.masks import prune_l1_uniform
+from sparsity.prune.pruner import Pruner
+from sparsity.system import machine
 
 BATCH = 128
 LEVEL = 0.4
@@ -81,7 +84,7 @@ def make_contestants(
     chosen = [kind for kind in ("fp32", "bf16") if args.precision in ("both", kind)]
     for compiling in (False, True)[: 1 + args.compile]:
         for kind in chosen:
-            inference = inference_copy(dense, runtime.dtype_of(kind))
+            inference = inference_copy(dense, machine.dtype_of(kind))
             refresh(inference, masked)
             network = compiled(inference, test, batch_size) if compiling else inference
             letter = "bcde"[2 * compiling + (kind == "bf16")]
@@ -94,8 +97,8 @@ def make_contestants(
 def whole_levels(args: argparse.Namespace, dense: nn.Module, test: Split) -> dict[str, Any]:
     """Seconds of `--levels` levels, and how many of them were not evaluation."""
     device = test.images.device
-    precision = args.precision if args.precision != "both" else runtime.resolve_precision("auto", device)
-    batch_size, dtype = default_batch_size(device), runtime.dtype_of(precision)
+    precision = args.precision if args.precision != "both" else machine.resolve_precision("auto", device)
+    batch_size, dtype = default_batch_size(device), machine.dtype_of(precision)
     example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
     names, positions = list(prunable_layers(dense, example)), positions_per_image(dense, example)
     inference = inference_copy(dense, dtype)
@@ -155,7 +158,7 @@ def main() -> None:
     device, threads = set_up(args)
     if args.checkpoint:
         saved = checkpoint.load(args.checkpoint)
-        dense = checkpoint.restore(saved, Build_Resnet.build, Build_Resnet.spec_of)
+        dense = families.restore(saved, Build_Resnet.build, Build_Resnet.spec_of)
     else:
         dense = build(args).eval()
     masked = copy.deepcopy(dense)
@@ -170,7 +173,7 @@ def main() -> None:
     times = take_turns(contestants, args.repeats, device)
     peaks = {kind: max(peak, attainable(device, kind), key=lambda peak: peak.flops) for kind, peak in peaks.items()}
 
-    print(f"{runtime.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
+    print(f"{machine.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
     print(
         f"{args.images} images in batches of {BATCH} (a) and {default_batch_size(device)} (others), "
         f"{100 * LEVEL:g} % pruned, median of {args.repeats}"

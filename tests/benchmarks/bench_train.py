@@ -39,9 +39,11 @@ from timing import (
     write_figures,
 )
 
-from sparsity import runtime
-from sparsity.data import CIFAR10_STATISTICS, Split, normalise, training_batches
-from sparsity.training import make_optimizer, memory_format, step_function, train_one_epoch
+from sparsity.data.images import CIFAR10_STATISTICS, Split, normalise, training_batches
+from sparsity.networks.layers import memory_format
+from sparsity.system import machine
+from sparsity.training.epoch import step_function, train_one_epoch
+from sparsity.training.optimizer import make_optimizer
 
 REFERENCE_BATCH = 60
 
@@ -113,7 +115,7 @@ def make_contestants(
     args: argparse.Namespace, split: Split, device: torch.device
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """Name -> one epoch of each contestant, all from the same weights; and name -> its kind of arithmetic."""
-    start, precision = build(args), runtime.resolve_precision(args.precision, device)
+    start, precision = build(args), machine.resolve_precision(args.precision, device)
     on_device = split.to(device)
     ready = normalise(on_device.images, split.mean, split.std).contiguous()
     usual = copy.deepcopy(start).to(device)
@@ -132,7 +134,7 @@ def make_contestants(
             model,
             training_batches(on_device, args.batch_size, 0, 1),
             optimizer,
-            runtime.dtype_of(precision),
+            machine.dtype_of(precision),
             1,
             forward=step,
         )
@@ -155,7 +157,7 @@ def main() -> None:
     times = take_turns(contestants, args.repeats, device)
     peaks = {kind: max(peak, attainable(device, kind), key=lambda peak: peak.flops) for kind, peak in peaks.items()}
 
-    print(f"{runtime.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
+    print(f"{machine.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
     batches = f"{args.batch_size}" + f" ({REFERENCE_BATCH} in d)" * args.reference
     print(
         f"training {args.arch} of width {args.width}: {args.images} images of {args.image_size} pixels an epoch, in "

@@ -14,8 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sparsity import runtime
-from sparsity.runtime import UserError
+from sparsity.system import errors, files, machine
+from sparsity.system.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 LAST_LINES = 12
@@ -50,21 +50,21 @@ class Hour:
             self.missing = there.get("missing", {})
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{known} cannot be read ({runtime.one_line(error)}); remove it or choose another --out"
+                f"{known} cannot be read ({errors.one_line(error)}); remove it or choose another --out"
             ) from error
 
     def write(self) -> None:
         """Bring figures.json up to date."""
         content = {
-            "command": runtime.command_line(sys.argv[0], sys.argv[1:]),
+            "command": errors.command_line(sys.argv[0], sys.argv[1:]),
             "date": now(),
-            "versions": runtime.versions(),
-            "machine": runtime.machine(runtime.resolve_device("auto")),
+            "versions": machine.versions(),
+            "machine": machine.machine(machine.resolve_device("auto")),
             "missing": self.missing,
             "figures": self.figures,
             "commands": self.commands,
         }
-        runtime.write_json(self.path("figures.json"), content)
+        files.write_json(self.path("figures.json"), content)
 
 
 def now() -> str:
@@ -112,7 +112,7 @@ def call(hour: Hour, name: str, words: list[object], goes_on: bool = False) -> s
 def circumstances(command: list[str]) -> dict[str, Any]:
     """When and where a command was run; the commands of one figures.json may have been run on several machines."""
     device = "cpu" if "cpu" in command else "auto"
-    return {"date": now(), "versions": runtime.versions(), "machine": runtime.machine(runtime.resolve_device(device))}
+    return {"date": now(), "versions": machine.versions(), "machine": machine.machine(machine.resolve_device(device))}
 
 
 def wait(process: subprocess.Popen, deadline: float) -> tuple[int, str]:

@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from commands import ROOT, Hour, benchmark, call, sweep, train
 
-from sparsity import checkpoint, runtime
-from sparsity.runtime import UserError
+from sparsity.networks import checkpoint
+from sparsity.system import errors, files
+from sparsity.system.errors import UserError
 
 AGREEMENT = 0.1  # points of accuracy between a GPU and a CPU
 PART = 15 << 20  # bytes of a part of the packed checkpoint
@@ -75,7 +76,7 @@ def unpack_images(args: argparse.Namespace) -> None:
             raise OSError("there is no folder test in it")
         half.rename(args.data_dir)
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"--archive {args.archive} cannot be unpacked ({runtime.one_line(error)})") from error
+        raise UserError(f"--archive {args.archive} cannot be unpacked ({errors.one_line(error)})") from error
 
 
 def reference(hour: Hour) -> list[Path]:
@@ -161,7 +162,7 @@ def pack(hour: Hour, path: Path) -> None:
     data = lzma.compress(packed.read_bytes())
     packed.unlink()
     for number, start in enumerate(range(0, len(data), PART)):
-        runtime.write_atomic(home / f"{packed.name}.xz.{number:02}", data[start : start + PART])
+        files.write_atomic(home / f"{packed.name}.xz.{number:02}", data[start : start + PART])
     hour.figures["packed"] = {"bytes": len(data), "parts": number + 1, "of": str(path), "of_sha256": saved.sha256}
 
 
@@ -202,7 +203,7 @@ STAGES: dict[int, Callable[[Hour], None]] = {1: correctness, 2: speed, 3: recipe
 
 def work(args: argparse.Namespace) -> None:
     """The stages in their order, then the figures; UserError at the end unless all is complete."""
-    runtime.prepare_folder(args.out, "--out", 1 << 30)
+    files.prepare_folder(args.out, "--out", 1 << 30)
     hour = Hour(args)
     hour.read()
     unpack_images(args)
@@ -213,7 +214,7 @@ def work(args: argparse.Namespace) -> None:
         try:
             STAGES[number](hour)
         except (UserError, OSError, LookupError, ValueError) as error:  # also a file that is not as it should be
-            hour.miss(runtime.one_line(error))
+            hour.miss(errors.one_line(error))
         finally:  # Ctrl-C as well
             hour.write()
     print("\nfigures")
@@ -226,4 +227,4 @@ def work(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     flags = parse_args()
-    sys.exit(runtime.run_main(lambda team: work(flags), lambda: runtime.command_line(sys.argv[0], sys.argv[1:])))
+    sys.exit(errors.run_main(lambda team: work(flags), lambda: errors.command_line(sys.argv[0], sys.argv[1:])))

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import Build_Resnet
-from sparsity import runtime
-from sparsity.flags import apply_threads
+from sparsity.system import errors, files, machine
+from sparsity.system.machine import apply_threads
 
 # Operations a second of dense products that convolutions come near to, where a datasheet's figure is out of reach.
 ATTAINABLE = {("H100 80GB HBM3", "bf16"): 790e12, ("H200", "bf16"): 790e12}
@@ -56,7 +56,7 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, int]:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    return runtime.resolve_device(args.device), apply_threads(args.threads)
+    return machine.resolve_device(args.device), apply_threads(args.threads)
 
 
 def build(args: argparse.Namespace) -> nn.Module:
@@ -160,9 +160,9 @@ def write_figures(path: Path | None, device: torch.device, figures: dict[str, An
     """Keep figures as JSON, where a path is given, with the command, the versions and the machine they came from."""
     if path:
         about = {
-            "command": runtime.command_line(sys.argv[0], sys.argv[1:]),
+            "command": errors.command_line(sys.argv[0], sys.argv[1:]),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": runtime.versions(),
-            "machine": runtime.machine(device),
+            "versions": machine.versions(),
+            "machine": machine.machine(device),
         }
-        runtime.write_json(path, about | figures)
+        files.write_json(path, about | figures)

@@ -1,0 +1,158 @@
+"""Images as one uint8 tensor on the device: a fixed order, augmentation and batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsity.system.machine import generator, tensor_hash
+from sparsity.system.processes import ALONE, Ranks, share
+
+PADDING = 4
+
+
+Channels = tuple[float, float, float]
+
+
+# The pair that the reference and most CIFAR-10 repositories use; its std is the mean of per-image deviations.
+CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+@dataclass(frozen=True)
+class Split:
+    """`images` [N, 3, H, W] uint8 and `labels` [N] int64 on one device; `mean`, `std` a channel, of images in 0..1."""
+
+    images: Tensor
+    labels: Tensor
+    mean: Channels
+    std: Channels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> "Split":
+        """The images at `indices`, in that order."""
+        indices = indices.to(self.labels.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def to(self, device: torch.device) -> "Split":
+        """The same images on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def hash(self) -> str:
+        """SHA-256 over images and labels in their order."""
+        return tensor_hash(self.images, self.labels)
+
+
+def class_balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
+    """A fixed order of all images in which any first part holds the classes as evenly as it can: indices [N].
+
+    Each class is shuffled by `seed`; then one image of each class in turn, until the classes run out.
+    """
+    draw = generator(seed)
+    shuffled = torch.randperm(len(labels), generator=draw)
+    rank = rank_in_class(labels[shuffled])
+    # Sorted by rank, then by class; both sorts are stable, so the order depends on nothing else.
+    by_class = torch.argsort(labels[shuffled], stable=True)
+    return shuffled[by_class[torch.argsort(rank[by_class], stable=True)]]
+
+
+def rank_in_class(labels: Tensor) -> Tensor:
+    """For each image, how many of its class come before it: [N]."""
+    by_class = torch.argsort(labels, stable=True)
+    counts = torch.bincount(labels)
+    first = torch.cumsum(counts, 0) - counts
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
+    return rank
+
+
+def normalise(images: Tensor, mean: Channels, std: Channels, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images [B, 3, H, W] as (x / 255 - mean) / std, computed in float32, channels_last, in `dtype`."""
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
+    floats = images.to(memory_format=torch.channels_last).float() * scale + shift
+    return floats.to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The constants of `normalise` on a device, which are sent there once, as the device is waited for meanwhile."""
+    with torch.inference_mode(False):  # or, made first while evaluating, they could not be used in training
+        scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
+    return scale, shift
+
+
+def augment(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+    """Random crop with padding 4 and horizontal flip of uint8 images [B, 3, H, W], each image by its own draw.
+
+    `offsets` [B, 2] are the top and left corner of the crop in the padded image, 0 to 8; `flips` [B] is boolean. The
+    padding is black (0 before normalisation), as in torchvision's RandomCrop followed by RandomHorizontalFlip.
+    """
+    batch, channels, height, width = images.shape
+    device = images.device
+    padded = F.pad(images, (PADDING,) * 4)
+    rows = offsets[:, 0, None].to(device) + torch.arange(height, device=device)  # [B, H]
+    columns = torch.arange(width, device=device).expand(batch, width)
+    columns = torch.where(flips[:, None].to(device), width - 1 - columns, columns) + offsets[:, 1, None].to(device)
+    return padded[
+        torch.arange(batch, device=device)[:, None, None, None],
+        torch.arange(channels, device=device)[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Set a square of `side` pixels in each of the normalised `images` [B, C, H, W] to 0, in place: the data's mean.
+
+    `centres` [B, 2] are row and column, each in the image; what of a square sticks out is lost (DeVries and Taylor,
+    arXiv 1708.04552).
+    """
+    inside = []
+    for length, centre in zip(images.shape[-2:], centres.unbind(1), strict=True):
+        first = centre[:, None] - side // 2
+        pixels = torch.arange(length, device=images.device)
+        inside.append((pixels >= first) & (pixels < first + side))  # [B, length]
+    return images.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+
+
+def training_batches(
+    split: Split, batch_size: int, seed: int, epoch: int, cutout: int = 0, team: Ranks = ALONE
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one epoch: normalised, augmented images [B, 3, H, W] (float32, channels_last) and labels [B].
+
+    Order, crops, flips and the squares of `cutout` pixels come from (seed, epoch) alone, so that a resumed run draws
+    what an uninterrupted one does. They are drawn on the CPU, the same for every device, and sent there at once: a
+    batch then waits for nothing. A last batch of a single image joins the one before it: BatchNorm cannot be trained on
+    one value a channel.
+
+    Of several processes each gets its part of the images of every batch (`ranks.share`), but all labels; a last batch
+    of fewer than two images for each joins the one before it.
+    """
+    total = len(split)
+    draw = generator(seed, epoch)
+    order = torch.randperm(total, generator=draw)
+    offsets = torch.randint(0, 2 * PADDING + 1, (total, 2), generator=draw)
+    flips = torch.rand(total, generator=draw) < 0.5
+    drawn = [order, offsets, flips]
+    if cutout:  # drawn last, so that all else is the same with and without
+        sides = split.images.shape[-2:]
+        drawn.append(torch.stack([torch.randint(0, side, (total,), generator=draw) for side in sides], dim=1))
+    order, offsets, flips, *centres = (tensor.to(split.labels.device) for tensor in drawn)
+    starts = list(range(0, total, batch_size))
+    if len(starts) > 1 and total - starts[-1] < 2 * team.size:
+        starts.pop()
+    for start, end in zip(starts, [*starts[1:], total], strict=True):
+        begin, stop = (start + place for place in share(end - start, team.rank, team.size))
+        images = augment(split.images[order[begin:stop]], offsets[begin:stop], flips[begin:stop])
+        images = normalise(images, split.mean, split.std)
+        if cutout:
+            cut_out(images, centres[0][begin:stop], cutout)
+        yield images, split.labels[order[start:end]]
