@@ -1,18 +1,15 @@
-"""errors"""
+"""Errors that the user can mend, and the one place where a script ends: exit status and one line on stderr."""
 
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from contextlib import redirect_stderr
 
-import torch
-
-from sparsity.system.processes import ROUND, LostProcess, Ranks, is_first, launch_words, launched, start
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1  # as torchrun started them
+RANK = int(os.environ.get("RANK", "0"))
 
 
 class UserError(Exception):
@@ -23,103 +20,83 @@ class Terminated(BaseException):
     """SIGTERM arrived; raised where the program stands, as KeyboardInterrupt is for SIGINT."""
 
 
-def run_main(body: Callable[[Ranks], None], continue_command: Callable[[], str]) -> int:
-    """Run a script's work and return its exit status: 0, 1 (UserError), 130 (Ctrl-C), 143 (SIGTERM).
+def start(parse_args: Callable[[], object]) -> None:
+    """Answer --help, usage errors, Ctrl-C and SIGTERM before torch is imported, which takes seconds."""
+    if RANK:  # of several processes, the first one speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (for as long as the process lives)
 
-    `body` takes the processes of the run. The one place that prints errors: a single line on stderr, of one process,
-    and no traceback for what the user can mend. `continue_command` gives the command line that goes on after an
-    interruption.
+    def leave(signum: int, frame: object) -> None:
+        if not RANK:
+            print("\ninterrupted before anything was done", file=sys.stderr, flush=True)
+        os._exit(128 + signum)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    try:
+        with redirect_stderr(sys.stdout if RANK else sys.stderr):
+            parse_args()
+    except SystemExit as stop:
+        if RANK and stop.code:  # torchrun ends all processes when one fails, and the first has to speak before that
+            time.sleep(10)
+        raise
+
+
+def run_main(work: Callable[[], None], continue_command: Callable[[], str]) -> int:
+    """Run a script's work and return its exit status: 0, 1 (an error), 130 (Ctrl-C), 143 (SIGTERM).
+
+    What the user can mend, an operating system's error and an interruption are told in one line on stderr, without a
+    traceback. `continue_command` gives the command that goes on after an interruption.
     """
 
-    def terminate(signum: int, frame: Any) -> None:
+    def terminate(signum: int, frame: object) -> None:
         raise Terminated
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     previous = signal.signal(signal.SIGTERM, terminate)
-    team = Ranks()
     try:
-        with torch_errors(), lost_connections():
-            team = start(continue_command)
-            team.join()
-            team.watch(continue_command)
-            body(team)
-            team.leave()
-    except UserError as error:
-        return _end(team, 1, f"error: {one_line(error)}")
-    except OSError as error:  # a path too long, a disk that filled up, a reader of our output that is gone
-        _give_up_broken_stdout()
-        return _end(team, 1, None if isinstance(error, BrokenPipeError) else f"error: {one_line(error)}")
+        work()
+    except BrokenPipeError:  # whoever read our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail again at exit
+        return _end(1, None)
+    except (UserError, OSError) as error:
+        return _end(1, f"error: {one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        return _end(1, f"error: {_explained(error)}")
     except (KeyboardInterrupt, Terminated) as stop:
-        try:
-            death = team.death()  # torchrun ends the others when one process died
-        except RuntimeError:  # the store is gone, so that nothing is known of the others
-            death = None
-        if death:
-            return _end(team, 1, f"\nerror: {death}; to go on: {continue_command()}")
-        return _end(
-            team, 143 if isinstance(stop, Terminated) else 130, f"\ninterrupted; to go on: {continue_command()}"
-        )
+        line = None if RANK else f"\ninterrupted; to go on: {continue_command()}"
+        return _end(143 if isinstance(stop, Terminated) else 130, line)
     finally:
-        team.watching = False
         signal.signal(signal.SIGTERM, previous)
     return 0
 
 
-def _end(team: Ranks, status: int, line: str | None) -> int:
-    """Say why the run ends, in the first of its processes that comes here, and give back the exit status.
+def _end(status: int, line: str | None) -> int:
+    """Print why the run ends, if there is a line, and return `status`.
 
-    One of several processes ends at once: the others may be waiting for it in a collective, and it for them.
+    One of several processes ends at once, because the others may be waiting in a collective. Others than the first
+    wait two seconds before they speak: by then torchrun has ended them if the first one failed as well.
     """
-    if team.speaks_last() and line:
-        print(line, file=sys.stderr)
-    if team.size > 1:
-        _give_up_broken_stdout()
-        sys.stderr.flush()
+    if line and PROCESSES > 1 and RANK:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    if PROCESSES > 1:
+        sys.stdout.flush()
         os._exit(status)
     return status
 
 
-@contextmanager
-def lost_connections() -> Iterator[None]:
-    """Turn the error of a collective whose other side is gone into a UserError, where a run has several processes."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = one_line(error)
-        if isinstance(error, LostProcess):
-            raise UserError(f"{reason}; start all processes again") from error
-        if launched() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo/" in reason):
-            raise
-        if isinstance(error, torch.distributed.DistBackendError):  # it may be that they cannot work together at all
-            raise UserError(f"the processes of this run failed together: {reason[:200]}") from error
-        time.sleep(4 * ROUND)  # in which the watching thread finds out who died, and ends this process
-        raise UserError(
-            f"the connection to another process of this run is lost ({reason[-120:]}); give the same command "
-            "again, for training with --resume"
-        ) from error
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Let the first process of a run alone say what is wrong with the command line."""
-    if is_first():
-        yield
-        return
-    try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
-            yield
-    except SystemExit as stop:
-        if stop.code:
-            time.sleep(60)  # torchrun would end the first process before it has spoken
-        raise
-
-
-def _give_up_broken_stdout() -> None:
-    """Where stdout takes no more, send it nowhere, or Python would fail once more when it flushes at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _explained(error: MemoryError | RuntimeError) -> str:
+    """An error of torch that the user can mend, with the way out; any other is raised again."""
+    text = one_line(error)
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "allocate memory" in text:
+        return "out of memory; use a smaller --batch_size, network or image"
+    if "use_deterministic_algorithms" in text:
+        return f"{text.split(', but you set')[0]}; use another --device, or leave --deterministic out"
+    if PROCESSES > 1 and ("gloo" in text or type(error).__name__.startswith("Dist")):
+        return f"the connection to another process of this run is lost ({text[-120:]}); give the command again"
+    raise error
 
 
 def one_line(error: object) -> str:
@@ -129,23 +106,9 @@ def one_line(error: object) -> str:
 
 def command_line(program: str, arguments: list[str], *extra: str) -> str:
     """The shell command that runs `program` again with `arguments`, and `extra` ones that are not among them."""
-    words = [*launch_words(), program, *arguments, *(word for word in extra if word not in arguments)]
-    return shlex.join(words)
-
-
-@contextmanager
-def torch_errors() -> Iterator[None]:
-    """Turn an exhausted memory, of the device or of the machine, into a UserError with the way out.
-
-    Also what torch says of an operation that cannot keep the promise of `--deterministic`.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if "use_deterministic_algorithms" in str(error):
-            reason = one_line(error).split(", but you set")[0]
-            raise UserError(f"{reason}; use another --device, or leave --deterministic out") from error
-        exhausted = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
-        if not exhausted and "allocate memory" not in str(error):
-            raise
-        raise UserError("out of memory; use a smaller --batch_size, network or image") from error
+    launcher = ["python"]
+    if PROCESSES > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", PROCESSES))
+        nodes = [f"--nnodes={PROCESSES // here}", "..."] if here < PROCESSES else []
+        launcher = ["torchrun", *nodes, f"--nproc_per_node={here}"]
+    return shlex.join([*launcher, program, *arguments, *(word for word in extra if word not in arguments)])

@@ -1,14 +1,14 @@
-"""Command-line flags that both scripts share, and the types that refuse what makes no sense."""
+"""Types of command-line flags that refuse what makes no sense, and the flags that both scripts share; torch-free."""
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
-import torch
-
-from sparsity.results.rows import level_text
+# Name -> side in pixels where no other is asked for; loaded by data/sources.py.
+DATASETS = {"cifar10": 32, "cifar100": 32, "folder": 32, "synthetic": 16}
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -44,7 +44,7 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Callable[
 
 
 def levels_type(text: str) -> list[float]:
-    """Levels in percent, ascending: 'start:stop:step' with stop included, or a list 'a,b,c'."""
+    """An argparse type: levels in percent, ascending; 'start:stop:step' with stop included, or a list 'a,b,c'."""
     try:
         if ":" in text:
             start, stop, step = (Decimal(part) for part in text.split(":"))
@@ -63,8 +63,13 @@ def levels_type(text: str) -> list[float]:
     return sorted({float(level_text(float(level))) for level in levels})  # levels of equal text are one level
 
 
+def level_text(level: float) -> str:
+    """A level in percent as a person writes it: 40, 99.5. Levels are compared by this text."""
+    return f"{level:.10g}"
+
+
 def stem_type(text: str) -> str:
-    """A file name's stem, without folders."""
+    """An argparse type: a file name's stem, without folders."""
     if not text.isprintable() or Path(text).name != text or text.startswith(".") or len(text.encode()) > 200:
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name for files in --images_dir")
     return text
@@ -81,56 +86,31 @@ def rate_type(text: str) -> float | str:
 
 
 def device_name(text: str) -> str:
-    """An argparse type: 'auto' or what `torch.device` accepts. Whether it is at hand is found out later."""
-    if text != "auto":
-        try:
-            torch.device(text)
-        except RuntimeError as error:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is neither auto nor a torch device such as cpu, cuda:0"
-            ) from error
+    """An argparse type: 'auto' or a torch device; whether it is at hand is found out later."""
+    if not re.fullmatch(r"auto|[a-z]+(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a torch device such as cpu, cuda:0")
     return text
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that say where and how to compute."""
-    parser.add_argument(
-        "--device",
-        type=device_name,
-        default="auto",
-        help="auto (cuda, then mps, then cpu) or a torch device (%(default)s)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="auto is bf16 where the hardware is made for it (%(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=integer(0, 2**32 - 1), default=0, help="of everything that is drawn (%(default)s)"
-    )
-    parser.add_argument("--threads", type=integer(1, 4096), help="CPU threads (torch's choice); part of repeatability")
-    parser.add_argument(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="compile the network first; auto is on for CUDA, off elsewhere (%(default)s)",
-    )
-    parser.add_argument(
-        "--deterministic",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="the same bits again on the same hardware, versions and threads, on a GPU too, where it costs time (off)",
-    )
-    parser.add_argument(
-        "--images_dir", type=Path, default=Path("images"), help="where plots and tables go (%(default)s)"
-    )
+    """Add the flags that say where and how to compute, as a group of the help."""
+    add = parser.add_argument_group("machine").add_argument
+    text = "auto (cuda, then mps, then cpu) or a torch device (%(default)s)"
+    add("--device", type=device_name, default="auto", metavar="NAME", help=text)
+    text = "auto is bf16 where the hardware is made for it (%(default)s)"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=text)
+    add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of all draws (%(default)s)")
+    text = "CPU threads; part of repeatability (torch's choice)"
+    add("--threads", type=integer(1, 4096), metavar="N", help=text)
+    text = "compile the network first; auto is on for CUDA, off elsewhere (%(default)s)"
+    add("--compile", choices=("auto", "on", "off"), default="auto", help=text)
+    text = "the same bits again on the same hardware, versions and threads, on a GPU too, where it costs time (off)"
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=False, help=text)
 
 
-def parse_with_explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """Parse, and also tell which flags were given on the command line, as opposed to left at their defaults."""
-    args = parser.parse_args(argv)
+def given_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
+    """The names of the flags that are on the command line, as opposed to left at their defaults."""
     unset = object()
     # argparse leaves an attribute alone that the namespace has already, unless the flag is given.
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    return args, {name for name, value in vars(given).items() if value is not unset}
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv)), unset))
+    return {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}

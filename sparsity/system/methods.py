@@ -1,0 +1,37 @@
+"""Names of criteria, allocations and recoveries, and what each reads; torch-free, so that flags are parsed at once.
+
+The functions behind the names are in `prune/criteria.py`, `prune/allocation.py` and `recover/__init__.py`.
+"""
+
+from typing import NamedTuple
+
+# Name -> what it reads of the training split: nothing, images, or labels as well.
+CRITERIA = {"l1": "", "random": "", "activation": "images", "gradient": "labels", "obs": "images"}
+FILTER_CRITERIA = {"filter_l1": ""}  # these score whole filters
+RECOVERIES = {"none": "", "batchnorm": "images", "reconstruction": "images", "finetune": "labels"}
+ALLOCATIONS = ("uniform", "global", "lamp", "erk")
+FILTER_ALLOCATIONS = ("uniform", "global")  # the others are made for single weights
+ONE_LAYER = "only "  # begins the allocation of a curve in which one layer alone is pruned
+
+
+class Curve(NamedTuple):
+    """The networks that one line of the plot joins: over levels, and over checkpoints."""
+
+    criterion: str
+    allocation: str
+    recover: str
+
+    @property
+    def prunes_filters(self) -> bool:
+        return self.criterion in FILTER_CRITERIA
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether its criterion or recovery reads calibration images."""
+        criteria = CRITERIA | FILTER_CRITERIA
+        return bool(criteria[self.criterion]) or RECOVERIES[self.recover] == "images"
+
+    @property
+    def trains(self) -> bool:
+        """Whether its recovery trains on the labelled training split."""
+        return RECOVERIES[self.recover] == "labels"
