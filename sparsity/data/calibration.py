@@ -1,4 +1,4 @@
-"""calibration"""
+"""Calibration images: drawn from the training split, for criteria and recoveries."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,12 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsity.data.images import PADDING, Split, augment, class_balanced_order, normalise
+from sparsity.data.images import PADDING, Split, augment, batch_bounds, class_balanced_order, normalise
 from sparsity.system.machine import generator
 
 CALIBRATION_BATCH = 128  # BatchNorm is re-estimated on batches of the size that it is usually trained with
-
-
 POSITION_LIMIT = 32_768  # positions that stand for all of a layer's; seeded, the same number from every image
 
 
@@ -19,8 +17,8 @@ POSITION_LIMIT = 32_768  # positions that stand for all of a layer's; seeded, th
 class Calibration:
     """Images of the training split, augmented once as in training and then the same for every level.
 
-    `images` holds them as uint8 on the device, with their labels: these serve to draw the same number of each class,
-    and besides only the criterion `gradient` reads them. `dtype` is what networks compute in.
+    `images` holds them as uint8 on the device; their labels served to draw the same number of each class, and only the
+    criterion `gradient` reads them again. Networks compute in `dtype`.
     """
 
     images: Split
@@ -35,16 +33,8 @@ class Calibration:
     def batches(
         self, dtype: torch.dtype | None = None, batch_size: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images [B, C, H, W] and labels [B]; type and size by default those of the calibration.
-
-        A last batch of a single image joins the one before it: one image may be one value a channel, of which there
-        is no variance.
-        """
-        total = len(self)
-        starts = list(range(0, total, batch_size or self.batch_size))
-        if len(starts) > 1 and total - starts[-1] == 1:
-            starts.pop()
-        for start, end in zip(starts, [*starts[1:], total], strict=True):
+        """Normalised images [B, C, H, W] and labels [B]; type and size by default those of the calibration."""
+        for start, end in batch_bounds(len(self), batch_size or self.batch_size):
             pixels, labels = self.images.images[start:end], self.images.labels[start:end]
             yield normalise(pixels, self.images.mean, self.images.std, dtype or self.dtype), labels
 

@@ -9,18 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsity.system.machine import generator, tensor_hash
-from sparsity.system.processes import ALONE, Ranks, share
+from sparsity.system.processes import share
 
-PADDING = 4
-
-
+PADDING = 4  # pixels on each side, before a random crop
 Channels = tuple[float, float, float]
-
 
 # The pair that the reference and most CIFAR-10 repositories use; its std is the mean of per-image deviations.
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-
-
 CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
@@ -55,22 +50,13 @@ def class_balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
 
     Each class is shuffled by `seed`; then one image of each class in turn, until the classes run out.
     """
-    draw = generator(seed)
-    shuffled = torch.randperm(len(labels), generator=draw)
-    rank = rank_in_class(labels[shuffled])
-    # Sorted by rank, then by class; both sorts are stable, so the order depends on nothing else.
-    by_class = torch.argsort(labels[shuffled], stable=True)
-    return shuffled[by_class[torch.argsort(rank[by_class], stable=True)]]
-
-
-def rank_in_class(labels: Tensor) -> Tensor:
-    """For each image, how many of its class come before it: [N]."""
-    by_class = torch.argsort(labels, stable=True)
+    shuffled = torch.randperm(len(labels), generator=generator(seed))
+    # Both sorts are stable, so that the order depends on nothing else.
+    by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
     counts = torch.bincount(labels)
-    first = torch.cumsum(counts, 0) - counts
-    rank = torch.empty_like(labels)
-    rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
-    return rank
+    first = torch.cumsum(counts, 0) - counts  # where each class begins
+    rank = torch.arange(len(labels)) - first[labels[by_class]]
+    return by_class[torch.argsort(rank, stable=True)]
 
 
 def normalise(images: Tensor, mean: Channels, std: Channels, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -82,10 +68,9 @@ def normalise(images: Tensor, mean: Channels, std: Channels, dtype: torch.dtype 
 
 @lru_cache(maxsize=16)
 def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The constants of `normalise` on a device, which are sent there once, as the device is waited for meanwhile."""
-    with torch.inference_mode(False):  # or, made first while evaluating, they could not be used in training
-        scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
-        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
+    """The constants of `normalise` on a device, sent there once, because sending waits for the device."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
     return scale, shift
 
 
@@ -95,25 +80,18 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
     `offsets` [B, 2] are the top and left corner of the crop in the padded image, 0 to 8; `flips` [B] is boolean. The
     padding is black (0 before normalisation), as in torchvision's RandomCrop followed by RandomHorizontalFlip.
     """
-    batch, channels, height, width = images.shape
-    device = images.device
+    offsets, flips = offsets.to(images.device), flips.to(images.device)
+    image, channel, row, column = (torch.arange(size, device=images.device) for size in images.shape)
+    rows = offsets[:, 0, None] + row  # [B, H]
+    columns = offsets[:, 1, None] + torch.where(flips[:, None], len(column) - 1 - column, column)  # [B, W]
     padded = F.pad(images, (PADDING,) * 4)
-    rows = offsets[:, 0, None].to(device) + torch.arange(height, device=device)  # [B, H]
-    columns = torch.arange(width, device=device).expand(batch, width)
-    columns = torch.where(flips[:, None].to(device), width - 1 - columns, columns) + offsets[:, 1, None].to(device)
-    return padded[
-        torch.arange(batch, device=device)[:, None, None, None],
-        torch.arange(channels, device=device)[None, :, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
+    return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
 
 
 def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
     """Set a square of `side` pixels in each of the normalised `images` [B, C, H, W] to 0, in place: the data's mean.
 
-    `centres` [B, 2] are row and column, each in the image; what of a square sticks out is lost (DeVries and Taylor,
-    arXiv 1708.04552).
+    `centres` [B, 2] are row and column of pixels of the image; squares are clipped at its border (arXiv 1708.04552).
     """
     inside = []
     for length, centre in zip(images.shape[-2:], centres.unbind(1), strict=True):
@@ -123,18 +101,23 @@ def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
     return images.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
 
+def batch_bounds(total: int, batch_size: int, least: int = 2) -> list[tuple[int, int]]:
+    """Begin and end of each batch; a last one of fewer than `least` images, too few for BatchNorm, joins another."""
+    starts = list(range(0, total, batch_size))
+    if len(starts) > 1 and total - starts[-1] < least:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], total], strict=True))
+
+
 def training_batches(
-    split: Split, batch_size: int, seed: int, epoch: int, cutout: int = 0, team: Ranks = ALONE
+    split: Split, batch_size: int, seed: int, epoch: int, cutout: int = 0, part: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one epoch: normalised, augmented images [B, 3, H, W] (float32, channels_last) and labels [B].
 
     Order, crops, flips and the squares of `cutout` pixels come from (seed, epoch) alone, so that a resumed run draws
-    what an uninterrupted one does. They are drawn on the CPU, the same for every device, and sent there at once: a
-    batch then waits for nothing. A last batch of a single image joins the one before it: BatchNorm cannot be trained on
-    one value a channel.
-
-    Of several processes each gets its part of the images of every batch (`ranks.share`), but all labels; a last batch
-    of fewer than two images for each joins the one before it.
+    the same as an undisturbed one. They are drawn on the CPU, the same for every device, and sent there at once. For
+    `part`, (rank, number of processes), images are that part of each batch, labels all of it. A last batch of fewer
+    than two images a process joins the one before it.
     """
     total = len(split)
     draw = generator(seed, epoch)
@@ -146,11 +129,8 @@ def training_batches(
         sides = split.images.shape[-2:]
         drawn.append(torch.stack([torch.randint(0, side, (total,), generator=draw) for side in sides], dim=1))
     order, offsets, flips, *centres = (tensor.to(split.labels.device) for tensor in drawn)
-    starts = list(range(0, total, batch_size))
-    if len(starts) > 1 and total - starts[-1] < 2 * team.size:
-        starts.pop()
-    for start, end in zip(starts, [*starts[1:], total], strict=True):
-        begin, stop = (start + place for place in share(end - start, team.rank, team.size))
+    for start, end in batch_bounds(total, batch_size, 2 * part[1]):
+        begin, stop = (start + place for place in share(end - start, part))
         images = augment(split.images[order[begin:stop]], offsets[begin:stop], flips[begin:stop])
         images = normalise(images, split.mean, split.std)
         if cutout:

@@ -6,36 +6,30 @@ behind the shape, lighting and noise vary from image to image; the colour is a h
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from sparsity.system.machine import derived_seed
 
 SHAPES = ("disc", "cross")
-
-
 TEXTURES = ("plain", "upright", "level", "checkered", "hollow")  # of stripes: upright, level
-
-
 SYNTHETIC_CLASSES = [f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES]
 
 
-SYNTHETIC_COUNTS = {True: 4000, False: 1000}  # training, test
+def synthetic_images(size: int, train: bool) -> tuple[Tensor, Tensor]:
+    """Draw the 4,000 images of the training or the 1,000 of the test split, of `size` pixels a side.
 
-
-def synthetic_images(size: int, train: bool, seed: int = 0, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Draw `count` images (4,000 of the training or 1,000 of the test split) of `size` pixels a side.
-
-    Returns uint8 images [count, 3, size, size] and int64 labels [count] of SYNTHETIC_CLASSES, each class equally
-    often. The same arguments give the same images; the two splits share none.
+    Returns uint8 images [N, 3, size, size] and int64 labels [N] of SYNTHETIC_CLASSES, each class equally often. The
+    same arguments give the same images; the two splits share none.
     """
-    count = count or SYNTHETIC_COUNTS[train]
-    draw = np.random.default_rng(derived_seed(seed, int(train), size))
+    count = 4000 if train else 1000
+    draw = np.random.default_rng(derived_seed(0, int(train), size))
     labels = np.arange(count) % len(SYNTHETIC_CLASSES)
     images = np.concatenate([_draw_images(draw, part, size) for part in np.array_split(labels, -(-count // 500))])
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def _draw_images(draw: np.random.Generator, labels: np.ndarray, size: int) -> np.ndarray:
+def _draw_images(draw: np.random.Generator, labels: ndarray, size: int) -> ndarray:
     """uint8 images [n, 3, size, size], one for each label."""
     n = len(labels)
     axis = (np.arange(size) + 0.5) / size * 2 - 1  # pixel centres in -1..1
@@ -62,15 +56,13 @@ def _draw_images(draw: np.random.Generator, labels: np.ndarray, size: int) -> np
     return (canvas.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _colours(draw: np.random.Generator, hue: np.ndarray, low: float, high: float) -> np.ndarray:
+def _colours(draw: np.random.Generator, hue: ndarray, low: float, high: float) -> ndarray:
     """Colours [n, 3] of a hue [n] (0..1 around the circle), of a brightness drawn between `low` and `high`."""
     channels = 0.5 + 0.5 * np.cos(2 * np.pi * (hue[:, None] - np.arange(3) / 3))
     return channels * draw.uniform(low, high, (len(hue), 1))
 
 
-def _signed_distance(
-    u: np.ndarray, v: np.ndarray, radius: np.ndarray, shape: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _signed_distance(u: ndarray, v: ndarray, radius: ndarray, shape: ndarray) -> tuple[ndarray, ndarray]:
     """Distance to each image's outline, negative inside, [n, size, size], and how deep the shape is [n, 1, 1]."""
     a, b = np.abs(u), np.abs(v)
     arm = 0.36 * radius
@@ -80,9 +72,7 @@ def _signed_distance(
     return np.choose(which, (disc, cross)), np.choose(which, (radius, arm))
 
 
-def _texture(
-    draw: np.random.Generator, u: np.ndarray, v: np.ndarray, inner: np.ndarray, texture: np.ndarray
-) -> np.ndarray:
+def _texture(draw: np.random.Generator, u: ndarray, v: ndarray, inner: ndarray, texture: ndarray) -> ndarray:
     """Where the second colour is painted: boolean [n, size, size]."""
     phase = draw.uniform(0, 1, (2, len(u), 1, 1))
     upright = np.sin(2 * np.pi * (u / 0.5 + phase[0])) > 0
@@ -91,7 +81,7 @@ def _texture(
     return np.choose(texture[:, None, None], patterns)
 
 
-def _paint(canvas: np.ndarray, distance: np.ndarray, colour: np.ndarray) -> None:
+def _paint(canvas: ndarray, distance: ndarray, colour: ndarray) -> None:
     """Paint, in place, a colour [n, 3, 1 or size, 1 or size] where `distance` is negative, with soft edges."""
     cover = np.clip(0.5 - distance * canvas.shape[-1] / 2, 0, 1)[:, None]
     canvas += cover * (colour - canvas)
