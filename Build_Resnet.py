@@ -8,8 +8,6 @@ The inner convolutions of a block, all but its last, may have fewer filters than
 whole filters leaves. A block without any is its shortcut.
 """
 
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,10 +17,8 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
     """Identity (an empty sequence) where the shapes agree, otherwise a strided 1x1 convolution."""
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
-        nn.BatchNorm2d(out_channels),
-    )
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
 class BasicBlock(nn.Module):
@@ -66,6 +62,8 @@ class Bottleneck(nn.Module):
         super().__init__()
         first, second = (channels, channels) if inner is None else inner
         self.has_branch = first > 0 and second > 0
+        if not self.has_branch and (first or second):
+            raise ValueError("a block has no filters in one convolution and some in another")
         if self.has_branch:
             self.conv1 = nn.Conv2d(in_channels, first, kernel_size=1, bias=False)
             self.bn1 = nn.BatchNorm2d(first)
@@ -92,26 +90,21 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self,
-        block: type,
-        num_blocks: list[int],
-        num_classes: int = 10,
-        width: int = 64,
-        widths: dict[str, int] | None = None,
+        self, block: type, num_blocks: list[int], num_classes: int = 10, width: int = 64, widths: dict | None = None
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         in_channels = width
-        for stage, (blocks, stride) in enumerate(zip(num_blocks, (1, 2, 2, 2), strict=True)):
-            channels = width * 2**stage
-            layer = []
+        for stage, blocks in enumerate(num_blocks):
+            channels, stride = width * 2**stage, 1 if stage == 0 else 2
+            layer = nn.Sequential()
             for index in range(blocks):
                 names = [f"layer{stage + 1}.{index}.{name}" for name in block.inner_names]
                 inner = tuple((widths or {}).get(name, channels) for name in names)
                 layer.append(block(in_channels, channels, stride if index == 0 else 1, inner))
                 in_channels = channels * block.expansion
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
+            setattr(self, f"layer{stage + 1}", layer)
         self.linear = nn.Linear(in_channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,10 +137,15 @@ def build(spec: dict) -> ResNet:
     for key, value in (("num_classes", num_classes), ("width", width)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{key} is {value!r}, not a positive whole number")
-    block, num_blocks = ARCHITECTURES[arch]
-    widths = spec.get("widths", {})
-    _require_widths(widths, inner_widths(arch, width), len(block.inner_names))
-    return ResNet(block, num_blocks, num_classes, width, widths)
+    widths, full = spec.get("widths", {}), inner_widths(arch, width)
+    if not isinstance(widths, dict):
+        raise ValueError(f"widths is a {type(widths).__name__}, not a dictionary")
+    for name, count in widths.items():
+        if name not in full:
+            raise ValueError(f"widths names {str(name)[:40]!r}, which is no inner convolution of this architecture")
+        if type(count) is not int or not 0 <= count <= full[name]:
+            raise ValueError(f"the width of {name} is {count!r}, not a whole number from 0 to {full[name]}")
+    return ResNet(*ARCHITECTURES[arch], num_classes, width, widths)
 
 
 def inner_widths(arch: str, width: int) -> dict[str, int]:
@@ -161,22 +159,6 @@ def inner_widths(arch: str, width: int) -> dict[str, int]:
     }
 
 
-def _require_widths(widths: object, full: dict[str, int], inner: int) -> None:
-    """ValueError unless `widths` gives inner convolutions at most their `full` filters; a block has `inner` of them."""
-    if not isinstance(widths, dict):
-        raise ValueError(f"widths is a {type(widths).__name__}, not a dictionary")
-    for name, count in widths.items():
-        if name not in full:
-            raise ValueError(f"widths names {str(name)[:40]!r}, which is no inner convolution of this architecture")
-        if type(count) is not int or not 0 <= count <= full[name]:
-            raise ValueError(f"the width of {name} is {count!r}, not a whole number from 0 to {full[name]}")
-    found = [widths.get(name, count) for name, count in full.items()]
-    blocks = zip(list(full)[::inner], *(found[start::inner] for start in range(inner)), strict=True)
-    for name, *counts in blocks:
-        if 0 in counts and any(counts):
-            raise ValueError(f"the block of {name} has no filters in one convolution and some in another")
-
-
 def spec_of(state: dict[str, Tensor]) -> dict:
     """Read the description that `build` takes off the names and shapes of a state dict that carries no metadata.
 
@@ -186,53 +168,33 @@ def spec_of(state: dict[str, Tensor]) -> dict:
     stem, output = state.get("conv1.weight"), state.get("linear.weight")
     if stem is None or output is None or stem.dim() != 4 or output.dim() != 2:
         raise ValueError("not a ResNet of this project: conv1.weight or linear.weight is missing or misshapen")
-    found = [set(), set(), set(), set()]
-    for name in state:
-        match = re.match(r"layer([1-4])\.(\d{1,3})\.", name)
-        if match:
-            found[int(match[1]) - 1].add(match[2])
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
-    num_blocks = [len(indices) for indices in found]
-    for arch, shape in ARCHITECTURES.items():
-        if shape == (block, num_blocks):
-            spec = {"arch": arch, "num_classes": output.shape[0], "width": stem.shape[0]}
-            return spec | _thin_widths(state, inner_widths(arch, stem.shape[0]))
-    known = ", ".join(ARCHITECTURES)
-    raise ValueError(f"its {num_blocks} blocks of type {block.__name__} are none of the known architectures ({known})")
-
-
-def _thin_widths(state: dict[str, Tensor], full: dict[str, int]) -> dict[str, dict[str, int]]:
-    """The entry 'widths' of a state dict whose inner convolutions have fewer filters than `full`; else nothing."""
+    stages = ([name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")] for stage in range(1, 5))
+    shape = (block, [len(set(indices)) for indices in stages])
+    if shape not in ARCHITECTURES.values():
+        raise ValueError(f"its {shape[1]} blocks of type {block.__name__} are none of the known architectures")
+    arch = next(arch for arch, known in ARCHITECTURES.items() if known == shape)
+    spec = {"arch": arch, "num_classes": output.shape[0], "width": stem.shape[0]}
+    full = inner_widths(arch, stem.shape[0])
     weights = {name: state.get(f"{name}.weight") for name in full}
-    widths = {name: weight.shape[0] for name, weight in weights.items() if weight is not None and weight.dim() == 4}
-    return {"widths": widths} if any(count < full[name] for name, count in widths.items()) else {}
+    widths = {name: len(weight) for name, weight in weights.items() if weight is not None and weight.dim() == 4}
+    return spec if widths.items() <= full.items() else spec | {"widths": widths}
 
 
-def resnet18(num_classes: int = 10, width: int = 64) -> ResNet:
-    """ResNet-18: basic blocks 2, 2, 2, 2."""
-    return build({"arch": "resnet18", "num_classes": num_classes, "width": width})
+def _constructor(arch: str):
+    """The function that builds an architecture for a number of classes and a width of the first stage."""
+
+    def construct(num_classes: int = 10, width: int = 64) -> ResNet:
+        return ResNet(*ARCHITECTURES[arch], num_classes, width)
+
+    block, num_blocks = ARCHITECTURES[arch]
+    construct.__name__, construct.__doc__ = arch, f"A network of {num_blocks} {block.__name__}s; see `ResNet`."
+    return construct
 
 
-def resnet34(num_classes: int = 10, width: int = 64) -> ResNet:
-    """ResNet-34: basic blocks 3, 4, 6, 3."""
-    return build({"arch": "resnet34", "num_classes": num_classes, "width": width})
-
-
-def resnet50(num_classes: int = 10, width: int = 64) -> ResNet:
-    """ResNet-50: bottlenecks 3, 4, 6, 3; 23,520,842 parameters with ten classes."""
-    return build({"arch": "resnet50", "num_classes": num_classes, "width": width})
-
-
-def resnet101(num_classes: int = 10, width: int = 64) -> ResNet:
-    """ResNet-101: bottlenecks 3, 4, 23, 3."""
-    return build({"arch": "resnet101", "num_classes": num_classes, "width": width})
-
-
-def resnet152(num_classes: int = 10, width: int = 64) -> ResNet:
-    """ResNet-152: bottlenecks 3, 8, 36, 3."""
-    return build({"arch": "resnet152", "num_classes": num_classes, "width": width})
+resnet18, resnet34, resnet50, resnet101, resnet152 = map(_constructor, ARCHITECTURES)
 
 
 def Resnet50Model(num_classes: int = 10) -> ResNet:
-    """The reference study's name for its network."""
+    """ResNet-50 by the reference study's name: bottlenecks 3, 4, 6, 3; 23,520,842 parameters with ten classes."""
     return resnet50(num_classes)

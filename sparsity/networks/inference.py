@@ -1,4 +1,4 @@
-"""A network prepared for inference, and the one loop that evaluates it."""
+"""Inference copies: masks baked in, BatchNorm folded, channels_last; and such a copy through `torch.compile`."""
 
 import copy
 import operator
@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from sparsity.data.images import Split, normalise
 from sparsity.networks.layers import BatchNorm, Layer, effective_weight
+from sparsity.system.errors import UserError, one_line
 
 
 def inference_copy(
@@ -40,7 +42,7 @@ def inference_copy(
     }
     for node in traced.graph.nodes:
         if node.op == "get_attr":
-            parts[node.target] = _attribute(model, node.target).detach().clone()
+            parts[node.target] = operator.attrgetter(node.target)(model).detach().clone()
     result = fx.GraphModule(parts, traced.graph)
     if overwrite:
         overwrite_in_place(result)
@@ -65,13 +67,11 @@ def refresh(inference: fx.GraphModule, model: nn.Module) -> None:
             fuse = fuse_conv_bn_weights if isinstance(source, nn.Conv2d) else fuse_linear_bn_weights
             weight, bias = fuse(weight, bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         target.weight.copy_(weight)
-        if bias is None:
-            target.bias.zero_()
-        else:
-            target.bias.copy_(bias)
+        target.bias.copy_(torch.zeros_like(target.bias) if bias is None else bias)
     for node in inference.graph.nodes:
         if node.op == "get_attr":
-            _attribute(inference, node.target).copy_(_attribute(model, node.target))
+            read = operator.attrgetter(node.target)
+            read(inference).copy_(read(model))
     for name, target in inference.named_modules():
         if name and name not in inference.folded and not list(target.children()):
             target.load_state_dict(model.get_submodule(name).state_dict())
@@ -113,21 +113,47 @@ def _bare(layer: Layer) -> Layer:
     device = layer.weight.device
     if isinstance(layer, nn.Linear):
         return nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, device=device)
-    return nn.utils.skip_init(
-        nn.Conv2d,
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        padding_mode=layer.padding_mode,
-        device=device,
-    )
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return nn.utils.skip_init(nn.Conv2d, device=device, **{name: getattr(layer, name) for name in names})
 
 
-def _attribute(model: nn.Module, target: str) -> Tensor:
-    for part in target.split("."):
-        model = getattr(model, part)
-    return model
+class CompiledNetwork(nn.Module):
+    """A network that runs full batches by `torch.compile`, which compiles in the first call; images to logits.
+
+    The weights are those of `network` itself, whose changes (`refresh`, an optimizer's step) are changes here. Batches
+    of another size than `batch_size` run by `network` as it is, so that nothing is compiled twice.
+    """
+
+    def __init__(self, network: nn.Module, batch_size: int):
+        super().__init__()
+        self.network, self.batch_size = network, batch_size
+        # On a GPU this mode records CUDA graphs: one launch a batch. They keep the addresses of the weights, not
+        # their values.
+        self.fast = torch.compile(network, mode="reduce-overhead", dynamic=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W], in memory of their own."""
+        if len(images) != self.batch_size:
+            return self.network(images)
+        if images.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        return self.fast(images).clone()  # the next replay of a CUDA graph overwrites its outputs
+
+
+@torch.inference_mode()
+def compiled(inference: fx.GraphModule, split: Split, batch_size: int) -> CompiledNetwork:
+    """A compiled network of the weights of `inference`, for batches of `batch_size` images of `split`.
+
+    It is compiled here, on the first images, in up to a minute or two; made once, it serves a whole sweep. Raises
+    UserError where torch cannot compile (no C++ compiler on a CPU, no Triton on a GPU).
+    """
+    images = normalise(split.images[:batch_size], split.mean, split.std, next(inference.parameters()).dtype)
+    network = CompiledNetwork(inference, len(images)).eval()
+    try:
+        for _ in range(3):  # compiles; warms up; records a CUDA graph
+            network(images)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # the parent of all that torch raises while it compiles
+        raise UserError(f"torch.compile does not work here ({one_line(error)[:160]}); use --compile off") from error
+    return network

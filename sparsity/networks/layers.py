@@ -1,47 +1,38 @@
-"""Which weights may be pruned, masks on them through `torch.nn.utils.prune`, and what a masked network really holds."""
+"""The layers of a network that may be pruned, the weights that a masked one computes with, and counts of both."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from sparsity.system.errors import UserError
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
-
-
 Layer = nn.Conv2d | nn.Linear
-
-
-@contextmanager
-def _recording(model: nn.Module, hook) -> Iterator[None]:
-    """Call `hook(name, layer, output)` after every convolution and linear layer that runs inside the block."""
-    handles = [
-        layer.register_forward_hook(lambda layer, _, output, name=name: hook(name, layer, output))
-        for name, layer in model.named_modules()
-        if isinstance(layer, Layer)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+SIMD_BLOCK = 16  # channels, with AVX-512; 8 with AVX2
 
 
 @torch.no_grad()
-def _run_once(model: nn.Module, example: Tensor, hook) -> None:
-    """One forward pass in eval mode, with the modes of all modules put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with _recording(model, hook):
-            model(example)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def _calls(model: nn.Module, example: Tensor) -> list[tuple[str, torch.Size]]:
+    """Name and output's shape of each convolution and linear layer as they run on `example`, in eval mode."""
+    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, Layer)}
+    calls: list[tuple[str, torch.Size]] = []
+
+    def record(module: nn.Module, _: Any, output: Tensor) -> None:
+        if module in names:
+            calls.append((names[module], output.shape))
+
+    training = model.training
+    with register_module_forward_hook(record):
+        model.eval()(example)
+    model.train(training)
+    return calls
 
 
 def prunable_layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
@@ -50,30 +41,28 @@ def prunable_layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
     The output layer is never among them. It is the last linear layer that runs on `example` ([B, C, H, W]), whatever
     its name; in a network without linear layers, the last convolution that runs.
     """
-    executed: list[tuple[str, Layer]] = []
-    _run_once(model, example, lambda name, layer, _: executed.append((name, layer)))
-    linear = [name for name, layer in executed if isinstance(layer, nn.Linear)]
-    output = (linear or [name for name, _ in executed] or [None])[-1]
+    executed = [name for name, _ in _calls(model, example)]
+    linear = [name for name in executed if isinstance(model.get_submodule(name), nn.Linear)]
+    output = (linear or executed or [None])[-1]
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Layer) and name != output}
 
 
 def exclude(layers: dict[str, Layer], patterns: list[str]) -> dict[str, Layer]:
-    """The layers that no pattern names, in their order; the others stay dense.
+    """The layers that no pattern of `--exclude` names, in their order; the others stay dense.
 
     A pattern is a glob (`*`, `?`, `[...]`) on names of parameters, as `layer1.*.conv1.weight`, or of layers, as
     `layer1.0.conv1`. Raises UserError for a pattern that names none of `layers`, and where no layer is left.
     """
-    kept = dict(layers)
+    excluded: set[str] = set()
     for pattern in patterns:
-        named = [name for name in layers if fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight", pattern)]
+        named = {name for name in layers if fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight", pattern)}
         if not named:
             few = ", ".join(f"{name}.weight" for name in list(layers)[:3])
             raise UserError(f"--exclude {pattern} names no prunable weight; there are {len(layers)}, such as {few}")
-        for name in named:
-            kept.pop(name, None)
-    if patterns and not kept:
+        excluded |= named
+    if patterns and len(excluded) == len(layers):
         raise UserError(f"--exclude {' '.join(patterns)} leaves no layer to prune; name fewer")
-    return kept
+    return {name: layer for name, layer in layers.items() if name not in excluded}
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
@@ -117,7 +106,7 @@ def _count_nonzero(tensors: Iterable[Tensor]) -> list[int]:
 
 @dataclass(frozen=True)
 class Census:
-    """Counts over a network; `prunable` and `zeros` over the weights of prunable layers, the others over everything."""
+    """Counts over a network: `prunable` and `zeros` of the weights of prunable layers, the others of everything."""
 
     prunable: int
     zeros: int
@@ -144,15 +133,12 @@ class Census:
 
 def positions_per_image(model: nn.Module, example: Tensor) -> dict[str, int]:
     """Name -> how often each weight of a layer is used for one image: output positions, summed over its calls."""
-    positions: dict[str, int] = {}
-
-    def add(name: str, layer: Layer, output: Tensor) -> None:
+    positions: Counter[str] = Counter()
+    for name, shape in _calls(model, example):
         # A convolution's output is [B, out, H, W], a linear layer's [B, ..., out].
-        count = output[0, 0].numel() if isinstance(layer, nn.Conv2d) else output[0].numel() // layer.out_features
-        positions[name] = positions.get(name, 0) + count
-
-    _run_once(model, example, add)
-    return positions
+        linear = isinstance(model.get_submodule(name), nn.Linear)
+        positions[name] += math.prod(shape[1:-1] if linear else shape[2:])
+    return dict(positions)
 
 
 @torch.no_grad()
@@ -180,11 +166,8 @@ def census(model: nn.Module, layers: dict[str, Layer], positions: dict[str, int]
     return Census(prunable, zeros, parameters, nonzero, macs, macs_remaining)
 
 
-SIMD_BLOCK = 16  # channels, with AVX-512; 8 with AVX2
-
-
 def memory_format(model: nn.Module) -> torch.memory_format:
-    """The format to take gradients in: channels_last, the faster one, but for networks with narrow shortcuts.
+    """The memory format for gradients: channels_last, the faster one, except for networks with narrow shortcuts.
 
     In channels_last, oneDNN's gradient of a strided 1x1 convolution with fewer input channels than a SIMD block holds
     writes beyond its workspace: a crash, or wrong gradients (github.com/uxlfoundation/oneDNN/issues/6035).

@@ -1,80 +1,98 @@
-"""Packed checkpoints: where a network is not zero, and its values, in one small .npz that no code is run to read.
+"""Packed checkpoints: the mask, the nonzero values and the metadata of a network in one small .npz.
 
-The arrays of a file, all of bytes and deflated by `numpy.savez_compressed`:
+A file holds four arrays of bytes, deflated by `numpy.savez_compressed`; reading it runs no code:
 
     header   JSON: version, precision, layout (name, shape, counts of every tensor), metadata
-    bits     one bit a weight, 1 where it is not zero, of the tensors that are not very sparse, one after the other
-    gaps     for very sparse tensors the zeros before each nonzero weight, one byte each; 255 is "255 zeros, and more"
-    values   the nonzero values, first the highest bytes of all, then the second ones, ...
+    bits     the masks of all tensors but the very sparse ones, joined: one bit a weight, 1 where it is not zero
+    gaps     the masks of very sparse tensors: the zeros before each nonzero weight, a byte each; 255: as many and more
+    values   the nonzero values [bytes of a value, values]: the highest byte of each, then the second one, ...
 
-What compresses in a value is its exponent, so its bits are turned: magnitude first, sign last, and of the magnitude the
-smallest of the tensor is taken off, for pruning leaves nothing below a threshold.
+Deflate finds little but the exponents to compress. So a value is stored as its magnitude, less the smallest one of the
+tensor (pruning by magnitude leaves none below a threshold), followed by the sign.
 """
 
+import json
 import math
-import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from io import BytesIO
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
+from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
-from sparsity.networks.archive import DAMAGED, open_archive, read_bytes
-from sparsity.networks.layout import (
-    HEADER_LIMIT,
-    WORDS,
-    Entry,
-    Integer,
-    header_text,
-    infinity,
-    parse_header,
-    require_bounded,
-)
-from sparsity.system.errors import UserError, one_line
-
-ARRAYS = ("header", "bits", "gaps", "values")
-
-
+VERSION = 1
+WORDS = {"fp32": np.dtype(np.uint32), "bf16": np.dtype(np.uint16)}  # hold the bits of a value
+INFINITY = {"fp32": 0x7F800000, "bf16": 0x7F80}  # as bits; those of all finite magnitudes are below
+SPARSE = 7  # gaps where fewer than one weight in so many is left: then they deflate better than bits
 ESCAPE = 255
+HEADER_LIMIT = 1 << 20  # bytes
+VALUES_LIMIT = 1 << 29  # floats in a file, 2 GiB in memory: nine times a ResNet-152
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A float tensor in the layout; `least` is the smallest magnitude, as bits, of its `nonzero` values."""
+
+    name: str
+    shape: list[int]
+    nonzero: int
+    least: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the mask is stored as gaps."""
+        return SPARSE * self.nonzero < self.size
 
 
 def pack(state: dict[str, Tensor], metadata: dict[str, Any], precision: str = "fp32") -> memoryview:
-    """The bytes of a packed file, from which `unpack` makes what `stored` returns, and `metadata`.
+    """Return the bytes of a packed file, from which `unpack` makes `stored(state, precision)` and `metadata`.
 
-    `state` holds float32 tensors and int64 scalars; `metadata` what JSON can say (tuples become lists, keys text).
-    Raises ValueError for other tensors, for NaN and infinities (also those that rounding to bf16 makes), and for what
-    would be too large to be read back; TypeError for metadata of other types; KeyError for another precision.
+    `state` holds float32 tensors and int64 scalars; `metadata` is JSON (tuples become lists, keys text). Raises
+    ValueError for other tensors, for NaN and infinities (also those that rounding to bf16 makes) and for more than
+    `unpack` reads; TypeError for metadata that is not JSON; KeyError for a precision other than 'fp32' and 'bf16'.
     """
-    layout, arrays = _coded(state, precision)
-    header = header_text(precision, layout, metadata)
+    layout, arrays = _encode(state, precision)
+    document = {"version": VERSION, "precision": precision, "layout": layout, "metadata": metadata}
+    header = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    if len(header) > HEADER_LIMIT:
+        raise ValueError(f"{len(header)} bytes of layout and metadata are more than {HEADER_LIMIT}")
+    _entries(layout)  # refuses what `unpack` would refuse
     buffer = BytesIO()
     np.savez_compressed(buffer, header=np.frombuffer(header, np.uint8), **arrays)
-    require_bounded(sum(entry.size for entry in layout if isinstance(entry, Entry)), buffer.tell())
     return buffer.getbuffer()
 
 
-def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict (floats as float32, on the CPU, in the order of packing) and the metadata of a packed file.
+def unpack(data: bytes | memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict (floats as float32, on the CPU, in the order of packing) and metadata of a packed file.
 
-    Every size is checked before anything of that size is allocated. Raises UserError, one line that names the file,
-    for whatever `pack` would not have written; a file is read as a whole or not at all.
+    Sizes are checked before memory is taken, and the checksums of the zip on reading. Damaged bytes raise ValueError,
+    zlib.error, or nearly any other exception of the readers of zip, .npy and JSON.
     """
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise UserError(f"{path} is not there, or not a file; name a packed network")
-    try:
-        with path.open("rb") as file:
-            return _read(file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or one_line(error)})") from error
-    except DAMAGED as error:  # damaged bytes surface as any of these from the readers of zip, deflate and JSON
-        reason = one_line(error)[:120] or type(error).__name__
-        raise UserError(f"{path} is damaged, cut short or not a packed network ({reason}); pack it again") from error
+    with NpzFile(BytesIO(data), allow_pickle=False) as arrays:
+        header = json.loads(_read_array(arrays, "header", 0, HEADER_LIMIT).tobytes())
+        if header["version"] != VERSION:
+            raise ValueError(f"it is of version {header['version']}, not {VERSION}")
+        layout, precision = header["layout"], header["precision"]
+        entries = _entries(layout)
+        masks = _read_masks(arrays, entries)
+        counts, width = [entry.nonzero for entry in entries], WORDS[precision].itemsize
+        values = _read_array(arrays, "values", width * sum(counts), width * sum(counts)).reshape(width, -1)
+    parts = iter(np.split(values, np.cumsum(counts, dtype=int), axis=1))
+    floats = (_tensor(entry, next(masks[entry.sparse]), next(parts), precision) for entry in entries)
+    state = {item["name"]: torch.tensor(item["integer"]) if "integer" in item else next(floats) for item in layout}
+    return state, header["metadata"]
 
 
 def stored(state: dict[str, Tensor], precision: str = "fp32") -> dict[str, Tensor]:
-    """What a file of this precision gives back of `state`, in memory of its own; errors as those of `pack`.
+    """Return a copy of `state` as a packed file of this precision gives it back; errors as those of `pack`.
 
     'fp32' keeps every bit, except that -0.0 becomes 0.0; 'bf16' rounds to the nearest bfloat16, ties to even.
     """
@@ -83,38 +101,47 @@ def stored(state: dict[str, Tensor], precision: str = "fp32") -> dict[str, Tenso
         if tensor.is_floating_point():
             result[name] = _floats(_words(name, tensor, precision), list(tensor.shape))
         else:
-            result[name] = torch.tensor(_whole_number(name, tensor))
+            result[name] = torch.tensor(_integer(name, tensor))
     return result
 
 
 def entropy_bits(zeros: int, total: int, value_bits: int = 32) -> float:
-    """Bits a weight that cannot be undercut if zeros fall anywhere and values are random: mask entropy plus values.
+    """Return the entropy in bits a weight of a random mask with `zeros` of `total` (above 0), and of random values.
 
-    The yardstick of a packed size: `zeros` of `total` weights (above 0), `value_bits` for each of the others.
+    The yardstick of a packed size: each weight that is not zero takes `value_bits`.
     """
     shares = [zeros / total, 1 - zeros / total]
     return value_bits * shares[1] - sum(share * math.log2(share) for share in shares if share > 0)
 
 
-def _coded(state: dict[str, Tensor], precision: str) -> tuple[list[Entry | Integer], dict[str, np.ndarray]]:
-    """The layout of a network, and the arrays of a file but the header."""
-    layout: list[Entry | Integer] = []
-    masks: dict[bool, list[np.ndarray]] = {False: [], True: []}  # sparse or not -> masks
-    planes = [np.empty((WORDS[precision].itemsize, 0), np.uint8)]
+def _encode(state: dict[str, Tensor], precision: str) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The layout of a file, and its arrays without the header."""
+    layout, values = [], [np.empty((WORDS[precision].itemsize, 0), np.uint8)]
+    masks = {False: [np.empty(0, bool)], True: [np.empty(0, bool)]}  # those of the sparse tensors: True
     for name, tensor in state.items():
         if not tensor.is_floating_point():
-            layout.append(Integer(name, _whole_number(name, tensor)))
+            layout.append({"name": name, "integer": _integer(name, tensor)})
             continue
-        mask, least, values = _split(name, _words(name, tensor, precision))
-        entry = Entry(name, list(tensor.shape), values.shape[1], least)
-        layout.append(entry)
+        entry, mask, value_bytes = _encode_tensor(name, tensor, precision)
+        layout.append(asdict(entry))
         masks[entry.sparse].append(mask)
-        planes.append(values)
+        values.append(value_bytes)
     return layout, {
-        "bits": np.packbits(_joined(masks[False])),
-        "gaps": _gaps(_joined(masks[True])),
-        "values": np.concatenate(planes, axis=1).reshape(-1),
+        "bits": np.packbits(np.concatenate(masks[False])),
+        "gaps": _gaps(np.concatenate(masks[True])),
+        "values": np.concatenate(values, axis=1).reshape(-1),
     }
+
+
+def _entries(layout: list[dict[str, Any]]) -> list[Entry]:
+    """The float tensors of a layout; ValueError where they would take more memory than a network does."""
+    entries = [Entry(**item) for item in layout if "integer" not in item]
+    numbers = [number for entry in entries for number in (*entry.shape, entry.nonzero)]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("its shapes are not made of whole numbers")
+    if max(sum(entry.size for entry in entries), sum(entry.nonzero for entry in entries)) > VALUES_LIMIT:
+        raise ValueError(f"it has too many values, more than {VALUES_LIMIT}")
+    return entries
 
 
 def _words(name: str, tensor: Tensor, precision: str) -> np.ndarray:
@@ -130,113 +157,72 @@ def _words(name: str, tensor: Tensor, precision: str) -> np.ndarray:
 
 
 def _floats(words: np.ndarray, shape: list[int]) -> Tensor:
+    """The float32 tensor of words of either precision."""
     if words.dtype == np.uint16:
         words = words.astype(np.uint32) << 16
     return torch.from_numpy(words.view(np.float32).reshape(shape))
 
 
-def _whole_number(name: str, tensor: Tensor) -> int:
+def _integer(name: str, tensor: Tensor) -> int:
     if tensor.dtype != torch.int64 or tensor.dim():
         raise ValueError(f"{name} is neither a float tensor nor a single int64")
     return int(tensor)
 
 
-def _sign(dtype: np.dtype) -> int:
-    """The place of the sign in a word, which is the number of bits of the magnitude."""
-    return 8 * dtype.itemsize - 1
-
-
-def _split(name: str, words: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
-    """Where words are not zero, the smallest magnitude there, and the bytes of the turned words [bytes, nonzero]."""
+def _encode_tensor(name: str, tensor: Tensor, precision: str) -> tuple[Entry, np.ndarray, np.ndarray]:
+    """The layout's entry of a tensor, its mask, flat, and its nonzero values as bytes [bytes of a value, nonzero]."""
+    words = _words(name, tensor, precision)
+    sign = 8 * words.itemsize - 1  # the place of its bit
     mask = words != 0
     kept = words[mask]
-    magnitudes = kept & (1 << _sign(words.dtype)) - 1
-    if magnitudes.max(initial=0) >= infinity(words.dtype):
+    magnitudes = kept & (1 << sign) - 1
+    if magnitudes.max(initial=0) >= INFINITY[precision]:
         raise ValueError(f"{name} holds values beyond bfloat16")
     least = int(magnitudes.min()) if len(kept) else 0
-    turned = (magnitudes - least) << 1 | kept >> _sign(words.dtype)
-    shifts = range(_sign(words.dtype) - 7, -1, -8)
-    return mask, least, np.stack([(turned >> shift).astype(np.uint8) for shift in shifts])
+    turned = (magnitudes - least) << 1 | kept >> sign
+    value_bytes = turned.astype(turned.dtype.newbyteorder(">")).view(np.uint8).reshape(-1, turned.itemsize).T
+    return Entry(name, list(tensor.shape), len(kept), least), mask, value_bytes
 
 
-def _joined(masks: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty(0, bool), *masks])
+def _tensor(entry: Entry, mask: np.ndarray, value_bytes: np.ndarray, precision: str) -> Tensor:
+    """The tensor of an entry, the reverse of `_encode_tensor`."""
+    dtype = WORDS[precision]
+    turned = np.ascontiguousarray(value_bytes.T).view(dtype.newbyteorder(">")).reshape(-1).astype(dtype)
+    tensor = np.zeros(entry.size, dtype)
+    tensor[mask] = (turned >> 1) + entry.least | turned << 8 * dtype.itemsize - 1
+    return _floats(tensor, entry.shape)
 
 
 def _gaps(mask: np.ndarray) -> np.ndarray:
-    """The number of zeros before each nonzero, as bytes."""
+    """The number of zeros before each nonzero weight, as bytes."""
     distances = np.diff(np.flatnonzero(mask), prepend=-1) - 1
     escapes, rest = np.divmod(distances, ESCAPE)
-    stream = np.full(len(rest) + escapes.sum(), ESCAPE, np.uint8)
-    stream[np.cumsum(escapes + 1) - 1] = rest
-    return stream
+    gaps = np.full(len(rest) + escapes.sum(), ESCAPE, np.uint8)
+    gaps[np.cumsum(escapes + 1) - 1] = rest
+    return gaps
 
 
-def _positions(gaps: np.ndarray) -> np.ndarray:
-    """Where the nonzero weights are, from the zeros before each; ValueError for a stream that ends within a gap."""
+def _read_array(arrays: NpzFile, name: str, lowest: int, highest: int) -> np.ndarray:
+    """A flat array of bytes; ValueError, before it is read, for another one or a length outside of the bounds."""
+    member = f"{name}.npy"
+    with arrays.zip.open(member) as file:
+        known = npy.read_magic(file) == (1, 0)
+        shape, _, dtype = npy.read_array_header_1_0(file)
+        whole = file.tell() + math.prod(shape) == arrays.zip.getinfo(member).file_size  # or its checksum is not read
+    if not known or dtype != np.uint8 or len(shape) != 1 or not whole or not lowest <= shape[0] <= highest:
+        raise ValueError(f"{name} is no array of {lowest} to {highest} bytes")
+    return arrays[member]
+
+
+def _read_masks(arrays: NpzFile, entries: list[Entry]) -> dict[bool, Iterator[np.ndarray]]:
+    """The flat masks of all tensors, in their order: False -> of those stored as bits, True -> as gaps."""
+    sizes = {kind: [entry.size for entry in entries if entry.sparse is kind] for kind in (False, True)}
+    length = -(-sum(sizes[False]) // 8)
+    bits = np.unpackbits(_read_array(arrays, "bits", length, length), count=sum(sizes[False])).view(bool)
+    count, total = sum(entry.nonzero for entry in entries if entry.sparse), sum(sizes[True])
+    gaps = _read_array(arrays, "gaps", count, count + total // ESCAPE)
     ends = gaps != ESCAPE
-    if len(gaps) and not ends[-1]:
-        raise ValueError("its last gap has no end")
-    return np.cumsum(gaps.astype(np.int64) + ends)[ends] - 1
-
-
-def _read(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with open_archive(file, ARRAYS) as archive:
-        precision, layout, metadata = parse_header(read_bytes(archive, "header", 2, HEADER_LIMIT).tobytes())
-        floats = [entry for entry in layout if isinstance(entry, Entry)]
-        require_bounded(sum(entry.size for entry in floats), file.seek(0, 2))
-        masks = _read_masks(archive, floats)
-        width = WORDS[precision].itemsize
-        count = sum(entry.nonzero for entry in floats)
-        planes = read_bytes(archive, "values", width * count, width * count).reshape(width, count)
-    state, start = {}, 0
-    for entry in layout:
-        if isinstance(entry, Integer):
-            state[entry.name] = torch.tensor(entry.integer)
-            continue
-        stop = start + entry.nonzero
-        state[entry.name] = _tensor(entry, masks[entry.name], planes[:, start:stop], WORDS[precision])
-        start = stop
-    return state, metadata
-
-
-def _read_masks(archive: zipfile.ZipFile, floats: list[Entry]) -> dict[str, np.ndarray]:
-    """Name -> where a tensor is not zero, flat; ValueError unless these are as many places as its entry says."""
-    dense, sparse = ([entry for entry in floats if entry.sparse is kind] for kind in (False, True))
-    length = sum(entry.size for entry in dense)
-    whole_bytes = -(-length // 8)
-    bits = np.unpackbits(read_bytes(archive, "bits", whole_bytes, whole_bytes)).view(bool)
-    if bits[length:].any():
-        raise ValueError("bits are set behind the last weight")
-    total, count = (sum(getattr(entry, key) for entry in sparse) for key in ("size", "nonzero"))
-    positions = _positions(read_bytes(archive, "gaps", count, count + total // ESCAPE))
-    if len(positions) != count or (count and positions[-1] >= total):
-        raise ValueError("its gaps do not fit the number of weights")
     scattered = np.zeros(total, bool)
-    scattered[positions] = True
-    masks = {}
-    for entries, flat in ((dense, bits), (sparse, scattered)):
-        start = 0
-        for entry in entries:
-            masks[entry.name] = flat[start : start + entry.size]
-            start += entry.size
-            if np.count_nonzero(masks[entry.name]) != entry.nonzero:
-                raise ValueError(f"{entry.name} has not as many values as places for them")
-    return masks
-
-
-def _tensor(entry: Entry, mask: np.ndarray, planes: np.ndarray, dtype: np.dtype) -> Tensor:
-    """The tensor of an entry, the reverse of `_split`."""
-    words = np.zeros(entry.nonzero, dtype)
-    for plane in planes:
-        words <<= 8
-        words |= plane
-    signs = words << _sign(dtype)
-    words >>= 1
-    if entry.nonzero and (words.min() > 0 or entry.least + int(words.max()) >= infinity(dtype)):
-        raise ValueError(f"{entry.name} holds NaN, Inf, or nothing as small as it says")
-    words += dtype.type(entry.least)
-    words |= signs
-    tensor = np.zeros(entry.size, dtype)
-    tensor[mask] = words
-    return _floats(tensor, entry.shape)
+    scattered[np.cumsum(gaps.astype(np.int64) + ends)[ends] - 1] = True
+    flat = {False: bits, True: scattered}
+    return {kind: iter(np.split(flat[kind], np.cumsum(sizes[kind], dtype=int))) for kind in flat}

@@ -1,200 +1,182 @@
-"""Which arithmetic a network is run with: dense kernels, or sparse ones where their zeros are many enough to pay."""
+"""Sparse arithmetic: a ResNet whose convolutions multiply by CSR matrices, which skip the zeros of the weights.
+
+torch's CSR product wants activations as one matrix [channels, positions], so the network keeps them so, in planes, from
+the first convolution to the last instead of converting them at every layer. It pays where zeros are many: `--measure`
+tells how much.
+"""
 
 import copy
 import operator
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
-from sparsity.networks.layers import positions_per_image
-from sparsity.networks.planes import Plane, PlaneConv, Pool, to_csr
-from sparsity.results.rows import SPARSE_NOTE
-from sparsity.system.errors import UserError
-
-ENGINES = ("auto", "dense", "sparse")
-
+from sparsity.system.errors import UserError, one_line
 
 CHUNK = 32  # images of 32 pixels that are run together; more leave the caches
-
-
-# Costs in units of a multiply-add of a dense convolution, fitted to what tests/benchmarks/bench_sparse_kernels.py
-# measures on two cores with AVX2: within 3 % at 90, 95, 98 and 99 % zeros in every layer.
-SPARSE_COST = 7.0  # a multiply-add with a nonzero weight
-
-
-TAP_COST = 25.0  # an output value of a product, of which a 3x3 convolution has nine
-
-
-CONVERSION_COST = 200.0  # a value that enters or leaves a dense convolution between two conversions
-
-
-# Times as fast as dense, by this estimate. Where zeros are uneven it was up to 1.7 times too high.
-WORTHWHILE = 1.5
-
-
 TOLERANCE = 1e-3  # of the largest logit
+Pack = Callable[[Tensor], Tensor]  # a dense matrix to a sparse one
+
+
+class Plane:
+    """Activations as one matrix [C + 1, H * (W + 1) * N], H = W = `side`, between margins of zeros.
+
+    The images of a batch stand innermost, so that the neighbours of all pixels are one shifted view. The column of
+    zeros ends a row of pixels and begins the next, and serves 3x3 taps as padding on both sides. The last row is one
+    at pixels and zero elsewhere: a bias is the weight of that row, and costs no pass of its own.
+    """
+
+    def __init__(self, channels: int, side: int, batch: int):
+        self.side, self.batch, self.columns = side, batch, side * (side + 1) * batch
+        self.margin = (side + 2) * batch
+        self.whole = torch.zeros(channels + 1, self.columns + 2 * self.margin)
+        pixels = self.shifted(0, 0).unflatten(1, (side, side + 1, batch))
+        pixels[-1, :, :-1] = 1
+        self.rows = self.shifted(0, 0)[:-1]  # [C, H * (W + 1) * N]
+        self.image, self.pads = pixels[:-1, :, :-1], pixels[:-1, :, -1]  # [C, H, W, N], [C, H, N]
+
+    def shifted(self, down: int, right: int) -> Tensor:
+        """A view [C + 1, columns] in which the neighbour so many pixels away stands at the place of each pixel."""
+        start = self.margin + (down * (self.side + 1) + right) * self.batch
+        return self.whole[:, start : start + self.columns]
+
+    def load(self, images: Tensor) -> "Plane":
+        """Copy images [n, C, H, W] into the first n of its N places; the other places keep their content."""
+        self.image[..., : len(images)].copy_(images.permute(1, 2, 3, 0))
+        return self
+
+    def images(self) -> Tensor:
+        """[N, C, H, W], channels_last, in memory of its own."""
+        return self.image.permute(3, 0, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def to_csr(matrix: Tensor) -> Tensor:
+    """A dense matrix as CSR."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse .* support is in beta")
+        return matrix.to_sparse_csr()
+
+
+class PlaneConv(nn.Module):
+    """A 1x1 or 3x3 convolution from plane to plane, as a sum of one sparse product a tap.
+
+    H and W are divisible by its stride. `pack` makes a sparse matrix of a dense one. Convolutions of one shape share
+    their buffers through `pool`, which then stay in the cache.
+    """
+
+    def __init__(self, conv: nn.Conv2d, side: int, batch: int, pool: dict[tuple, Plane], pack: Pack = to_csr):
+        super().__init__()
+        self.taps, self.stride, self.pool = _taps(conv, pack), conv.stride[0], pool
+        self.in_channels, self.padded = conv.in_channels, conv.padding[0] > 0
+        self.key = (*conv.weight.shape, side // self.stride, batch)
+        self.output = self._plane("output", conv.out_channels)
+
+    def _plane(self, role: object, channels: int) -> Plane:
+        if (role, self.key) not in self.pool:
+            self.pool[role, self.key] = Plane(channels, *self.key[-2:])
+        return self.pool[role, self.key]
+
+    def forward(self, x: Plane, into: Plane | None = None) -> Plane:
+        """Convolve `x` to the layer's own plane or, with `into`, add to the content of that one."""
+        out, beta, step, parts = into or self.output, int(into is not None), self.stride, {}
+        for down, right, matrix in self.taps:
+            part = (down % step, right % step)
+            if part not in parts:  # the pixels that this tap meets, at the size of the output
+                parts[part] = x if step == 1 else self._plane(part, self.in_channels)
+                if step > 1:
+                    parts[part].image.copy_(x.image[:, part[0] :: step, part[1] :: step])
+            source = parts[part].shifted(down // step, right // step)[: matrix.shape[1]]
+            torch.addmm(out.rows, matrix, source, beta=beta, out=out.rows)
+            beta = 1
+        if self.padded:
+            out.pads.zero_()  # the taps added pixels of other rows there
+        return out
+
+
+def _taps(conv: nn.Conv2d, pack: Pack) -> list[tuple[int, int, Tensor]]:
+    """(down, right, matrix) of each tap with weights; first the middle one, always there, which carries the bias."""
+    reach = conv.kernel_size[0] // 2
+    places = [(down, right) for down in range(-reach, reach + 1) for right in range(-reach, reach + 1)]
+    found = []
+    for down, right in sorted(places, key=lambda place: place != (0, 0)):
+        matrix = conv.weight.detach()[:, :, down + reach, right + reach].contiguous()
+        if (down, right) == (0, 0) and conv.bias is not None:
+            matrix = torch.cat([matrix, conv.bias.detach()[:, None]], dim=1)
+        if not found or matrix.any():
+            found.append((down, right, pack(matrix)))
+    return found
 
 
 class SparseNetwork(nn.Module):
-    """A network of an inference copy that multiplies by sparse matrices; images [B, C, S, S] to logits.
+    """A network with the weights of an inference copy, every convolution sparse; images [B, C, S, S] to logits.
 
     Batches are run in chunks of CHUNK images of 32 pixels, fewer larger ones, a single image alone. Made by
     `sparse_network`.
     """
 
-    def __init__(self, inference: fx.GraphModule, size: int, kernels: dict[str, str]):
+    def __init__(self, inference: fx.GraphModule):
         super().__init__()
-        self.inference, self.size, self.kernels = inference, size, kernels
-        self.prepared: dict[int, tuple[fx.GraphModule, Plane]] = {}
-
-    def words(self) -> str:
-        """What is sparse about it, for the notes of a row."""
-        kernels = list(self.kernels.values())
-        return f"{SPARSE_NOTE} in {kernels.count('csr')} of {len(kernels)} convolutions"
+        self.inference = inference
+        self.prepared: dict[tuple[int, int], tuple[fx.GraphModule, Plane]] = {}  # by chunk and size
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes]."""
-        batch = 1 if len(images) == 1 else max(1, min(CHUNK, CHUNK * 32**2 // self.size**2))
-        if batch not in self.prepared:
-            channels = next(layer for layer in self.inference.modules() if isinstance(layer, nn.Conv2d)).in_channels
-            network = _in_planes(self.inference, self.size, batch, self.kernels)
-            self.prepared[batch] = (network, Plane(channels, self.size, batch))
-        network, plane = self.prepared[batch]
-        return torch.cat([network(plane.load(part))[: len(part)] for part in images.split(batch)])
+        count, channels, size, _ = images.shape
+        chunk = 1 if count == 1 else max(1, min(CHUNK, CHUNK * 32**2 // size**2))
+        if (chunk, size) not in self.prepared:
+            network = _in_planes(self.inference, channels, size, chunk)
+            self.prepared[chunk, size] = network, Plane(channels, size, chunk)
+        network, plane = self.prepared[chunk, size]
+        return torch.cat([network(plane.load(part))[: len(part)] for part in images.split(chunk)])
 
 
-def run_by(engine: str, inference: fx.GraphModule, sample: Tensor) -> nn.Module:
-    """The network to run: `inference` itself, or for 'sparse' and, where it pays, 'auto' a sparse one of its weights.
+@torch.inference_mode()
+def sparse_network(inference: fx.GraphModule, sample: Tensor) -> SparseNetwork:
+    """A sparse network with the weights of an inference copy that `require_supported` has passed.
 
-    `sample` are a few images [B, C, S, S]. 'auto' goes by the zeros of each layer and measured costs, so that the same
-    weights always run in the same way. Raises UserError for 'sparse' where that cannot be: other types than float32,
-    other devices than the CPU, other layers than those of a ResNet; and should the two disagree on `sample`.
+    Raises UserError unless both give the same logits for `sample`, a few images [B, C, S, S].
     """
-    if engine == "dense" or not require_supported(engine, inference, sample):
-        return inference
-    kernels, gain = choose_kernels(inference, sample[:1], engine)
-    if engine == "sparse":
-        return sparse_network(inference, sample, kernels)
-    network = SparseNetwork(inference, sample.shape[-1], kernels).eval()
-    return network if gain >= WORTHWHILE and disagreement(network, inference, sample) <= TOLERANCE else inference
-
-
-def require_supported(engine: str, inference: fx.GraphModule, sample: Tensor) -> bool:
-    """Whether a network can be run in planes; UserError if not and `engine` is 'sparse'."""
-    reason = _unsupported(inference, sample)
-    if reason and engine == "sparse":
-        raise UserError(f"--engine sparse cannot run this network ({reason}); use --engine dense")
-    return not reason
-
-
-def choose_kernels(inference: fx.GraphModule, image: Tensor, engine: str) -> tuple[dict[str, str], float]:
-    """The kernel of each convolution, and how many times as fast as dense the network should then be."""
-    positions = positions_per_image(inference, image)
-    kernels, dense, chosen = {}, 0.0, 0.0
-    for name, layer in inference.named_modules():
-        if isinstance(layer, nn.Conv2d):
-            by_csr, by_conv = (positions[name] * cost for cost in _costs(layer))
-            kernels[name] = "csr" if engine == "sparse" or by_csr <= by_conv else "conv"
-            chosen += by_csr if kernels[name] == "csr" else by_conv
-            dense += positions[name] * layer.weight.numel()
-    return kernels, dense / chosen
-
-
-def _costs(conv: nn.Conv2d) -> tuple[float, float]:
-    """What an output position costs in CSR, and by the dense convolution between two conversions."""
-    out_channels, in_channels, height, width = conv.weight.shape
-    by_csr = SPARSE_COST * int(torch.count_nonzero(conv.weight)) + TAP_COST * height * width * out_channels
-    received = in_channels * conv.stride[0] * conv.stride[1]
-    return by_csr, conv.weight.numel() + CONVERSION_COST * (received + out_channels)
-
-
-def sparse_network(inference: fx.GraphModule, sample: Tensor, kernels: dict[str, str]) -> SparseNetwork:
-    """A sparse network with a kernel, csr or conv, for each convolution; UserError if it disagrees on `sample`."""
-    network = SparseNetwork(inference, sample.shape[-1], kernels).eval()
-    apart = disagreement(network, inference, sample)
-    if not apart <= TOLERANCE:
+    network = SparseNetwork(inference).eval()
+    expected, found = inference(sample), network(sample)
+    apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not apart <= TOLERANCE:  # also nan
         raise UserError(
             f"sparse and dense arithmetic disagree by {apart:.1e} of the largest output; use --engine dense"
         )
     return network
 
 
-@torch.inference_mode()
-def disagreement(network: nn.Module, inference: fx.GraphModule, sample: Tensor) -> float:
-    """Largest difference of both logits on `sample`, in units of the largest logit; nan where one is not finite."""
-    expected, found = inference(sample), network(sample)
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-
-
-def _unsupported(inference: fx.GraphModule, sample: Tensor) -> str:
-    """What of a network cannot be run in planes, in words; empty if nothing."""
+def require_supported(inference: fx.GraphModule, sample: Tensor) -> None:
+    """UserError unless sparse kernels can run the network on `sample`: in float32 on a CPU, with layers of a ResNet."""
     weight = next(inference.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return "sparse products are for float32 on a CPU"
-    if sample.shape[-1] != sample.shape[-2]:
-        return "images are not square"
-    sides = _sides(inference, sample.shape[-1])
-    for node in inference.graph.nodes:
-        layer = inference.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(layer, nn.Conv2d):
-            if problem := _conv_problem(layer, sides[node.target]):
-                return f"{node.target} {problem}"
-        elif not (_is_known(node) or isinstance(layer, nn.Linear)):
-            return f"{node.name} is no part of a ResNet"
-    return ""
-
-
-def _conv_problem(conv: nn.Conv2d, side: int) -> str:
-    size, stride = conv.kernel_size[0], conv.stride[0]
-    usual = conv.kernel_size in ((1, 1), (3, 3)) and conv.padding == (size // 2, size // 2) and conv.groups == 1
-    usual = usual and conv.dilation == (1, 1) and conv.stride == (stride, stride) and conv.padding_mode == "zeros"
-    if not usual:
-        return "is neither a 1x1 nor a 3x3 convolution that keeps its size"
-    return f"strides over {side} pixels, which {stride} does not divide" if side % stride else ""
-
-
-def _is_known(node: fx.Node) -> bool:
-    """Whether a node is one of those that `_in_planes` makes something of, as the blocks of a ResNet have them."""
-    if node.op in ("placeholder", "output"):
-        return True
-    if node.target is F.relu:
-        return len(node.args[0].users) == 1
-    if node.target is operator.iadd:
-        return node.args[0].op == "call_module" and len(node.args[0].users) == 1
-    if node.target is torch.flatten:
-        return node.args[0].target is F.avg_pool2d
-    return node.target in (F.avg_pool2d, getattr, operator.getitem)  # of pooling over the whole map
-
-
-def _sides(inference: fx.GraphModule, size: int) -> dict[str, int]:
-    """Name -> side of the images that each convolution receives."""
-    sides: dict[str, int] = {}
-    convs = [(name, layer) for name, layer in inference.named_modules() if isinstance(layer, nn.Conv2d)]
-    handles = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: sides.update({name: inputs[0].shape[-1]}))
-        for name, layer in convs
-    ]
+        raise UserError("--engine sparse is for float32 on a CPU; use --engine dense, or --precision fp32 on a CPU")
     try:
-        with torch.inference_mode():
-            inference(torch.zeros(1, convs[0][1].in_channels, size, size))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sides
+        sparse_network(inference, sample)
+    except UserError:
+        raise
+    except Exception as error:  # planes fail in many ways on other layers
+        reason = one_line(f"{type(error).__name__}: {error}")[:160]
+        raise UserError(f"--engine sparse cannot run this network ({reason}); use --engine dense") from error
 
 
-def _in_planes(inference: fx.GraphModule, size: int, batch: int, kernels: dict[str, str]) -> fx.GraphModule:
+def _in_planes(inference: fx.GraphModule, channels: int, size: int, batch: int) -> fx.GraphModule:
     """The network from a plane of images to logits.
 
     An addition becomes the starting value of the convolution before it: accumulating costs no pass of its own.
     """
-    network = fx.GraphModule(inference, copy.deepcopy(inference.graph))
-    sides, pool = _sides(inference, size), Pool()
-    for name, kernel in kernels.items():
-        pack = to_csr if kernel == "csr" else None
-        network.set_submodule(name, PlaneConv(inference.get_submodule(name), sides[name], batch, pool, pack))
+    network, pool = fx.GraphModule(inference, copy.deepcopy(inference.graph)), {}
+    ShapeProp(inference).propagate(torch.zeros(1, channels, size, size))
+    for node in inference.graph.nodes:
+        layer = inference.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(layer, nn.Conv2d):
+            side = node.args[0].meta["tensor_meta"].shape[-1]
+            network.set_submodule(node.target, PlaneConv(layer, side, batch, pool))
     for node in list(network.graph.nodes):
         if node.target is F.relu:
             node.target, node.kwargs = _relu, {}
