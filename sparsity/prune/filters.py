@@ -1,7 +1,9 @@
-"""Whole filters: which may go, masks on them, and the smaller dense network that is left when they are gone."""
+"""Filter pruning: which filters may be removed, masks on them, and the smaller dense network without them."""
 
 import operator
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -10,33 +12,31 @@ from torch import Tensor, fx, nn
 from sparsity.networks.layers import BatchNorm, unmasked_state
 from sparsity.prune.masks import apply_masks
 
-RELUS = (F.relu, torch.relu, torch.relu_, nn.functional.relu_)
+RELUS = (F.relu, torch.relu, torch.relu_, "relu")
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Convolutions in a row within one module, each read by its BatchNorm, a ReLU and the next one alone.
+    """Convolutions in a row within one module, each read only by its BatchNorm, a ReLU and the next convolution.
 
-    `norms` holds the BatchNorm after each convolution, for the last one None where there is none. With `residual` the
-    last one's goes into an addition, so that the network goes on without the branch when nothing is left of it.
+    All but the last are inner convolutions, whose filters may be removed: no shortcut shares their channels.
+    `norms` holds the BatchNorm after each, for the last None where there is none. With `residual` an addition alone
+    reads the last BatchNorm, so that the network works without the branch.
     """
 
     convs: tuple[str, ...]
     norms: tuple[str | None, ...]
     residual: bool
 
-    @property
-    def inner(self) -> tuple[str, ...]:
-        """The convolutions whose filters may be removed: all but the last."""
-        return self.convs[:-1]
-
 
 @dataclass(frozen=True)
 class Thin:
     """A smaller network: its `state` dict and the filters left in each inner convolution, `widths`.
 
-    Of the inner channels `removed` are gone, and `dead` stay although their filters are zero: what they emit is not,
-    and the convolution that reads them could not make up for it.
+    `removed` counts the inner channels that are gone, `dead` those that stay although their filters are zero: they
+    emit a constant, which a padded convolution cannot absorb.
     """
 
     state: dict[str, Tensor]
@@ -47,131 +47,111 @@ class Thin:
 
 def branches(model: nn.Module) -> list[Branch]:
     """The branches of a network with inner convolutions, in the order of execution; `model` is traced by torch.fx."""
-    graph = fx.symbolic_trace(model).graph
-    modules = dict(model.named_modules())
-    calls = [node.target for node in graph.nodes if node.op == "call_module"]
-    nodes = {node.target: node for node in graph.nodes if node.op == "call_module" and calls.count(node.target) == 1}
-    convs = {name: node for name, node in nodes.items() if _is_plain_conv(modules[name])}
-    norms = {name: _norm_after(node, modules, nodes) for name, node in convs.items()}
-    readers = {name: _reader(norms[name], modules, convs) for name in convs}
+    calls = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in calls)
+    modules = {node: model.get_submodule(node.target) for node in calls}
+    once = {node: module for node, module in modules.items() if times[node.target] == 1}
+    norms: dict[fx.Node, fx.Node | None] = {}
+    for node, module in once.items():
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
+            norm = once.get(_only_user(node))
+            usable = isinstance(norm, BatchNorm) and norm.affine and norm.track_running_stats
+            norms[node] = _only_user(node) if usable else None
+    readers = {conv: _reader(norm, modules) for conv, norm in norms.items()}
     found = []
-    for name in convs:
-        if readers[name] is None or name in readers.values():
-            continue
-        chain = [name]
-        while (reader := readers[chain[-1]]) is not None:
-            chain.append(reader)
-        last = norms[chain[-1]]
-        residual = last is not None and len(last.users) == 1 and _is_addition(next(iter(last.users)))
-        names = tuple(norms[conv].target if norms[conv] is not None else None for conv in chain)
-        found.append(Branch(tuple(chain), names, residual))
+    for first in norms:
+        chain = [first]
+        while readers[chain[-1]] in norms:
+            chain.append(readers[chain[-1]])
+        if len(chain) > 1 and first not in readers.values():
+            after = _only_user(norms[chain[-1]])
+            residual = after is not None and after.op == "call_function" and after.target in ADDITIONS
+            names = tuple(norms[conv] and norms[conv].target for conv in chain)
+            found.append(Branch(tuple(conv.target for conv in chain), names, residual))
     return found
 
 
 def inner_convs(model: nn.Module) -> list[str]:
-    """The convolutions whose filters may be removed: no shortcut shares their channels."""
-    return [name for branch in branches(model) for name in branch.inner]
+    """The inner convolutions of all branches."""
+    return [name for branch in branches(model) for name in branch.convs[:-1]]
 
 
 @torch.no_grad()
 def mask_filters(model: nn.Module, keep: dict[str, Tensor]) -> int:
-    """Prune whole filters of inner convolutions, in place; `keep` holds for each a boolean [filters], True stays.
+    """Prune whole filters of inner convolutions, in place; `keep` maps each to a boolean [filters], True stays.
 
-    Masked through `torch.nn.utils.prune` are their weights and what the next convolution makes of their channels; the
-    weight and bias of their BatchNorm become zero, because a zero filter under a live one still emits a constant. Where
-    nothing is left of a convolution in a branch of a residual block, all of the branch goes with it, its last
-    BatchNorm too: the block is then its shortcut. Returns how many filters went beyond those of `keep` for that.
+    Their weights and the weights of the next convolution on their channels are masked through `torch.nn.utils.prune`;
+    the weight and bias of their BatchNorm become zero, because a zero filter under a live BatchNorm emits a constant.
+    Where a convolution in a branch of a residual block is emptied, the whole branch goes with it, its last BatchNorm
+    too: the block is then its shortcut. Returns how many filters beyond those of `keep` went for that.
     """
-    modules, more = dict(model.named_modules()), 0
+    more = 0
     for branch in branches(model):
-        if not any(name in keep for name in branch.inner):
-            continue
-        kept = [keep[name].cpu() if name in keep else _all_filters(modules[name]) for name in branch.inner]
-        kept.append(_all_filters(modules[branch.convs[-1]]))
+        convs = [model.get_submodule(name) for name in branch.convs]
+        every = [torch.ones(conv.out_channels, dtype=torch.bool) for conv in convs]
+        kept = [keep.get(name, filters).cpu() for name, filters in zip(branch.convs, every, strict=True)]
         if branch.residual and not all(filters.any() for filters in kept):
             more += sum(int(filters.sum()) for filters in kept[:-1])
             kept = [torch.zeros_like(filters) for filters in kept]
-        read = torch.ones(modules[branch.convs[0]].in_channels, dtype=torch.bool)
-        for name, norm_name, filters in zip(branch.convs, branch.norms, kept, strict=True):
-            conv = modules[name]
+        read = torch.ones(convs[0].in_channels, dtype=torch.bool)
+        for conv, name, norm, filters in zip(convs, branch.convs, branch.norms, kept, strict=True):
             mask = filters[:, None] & read  # [filters, channels]
             if not mask.all():
                 apply_masks({name: conv}, {name: mask[:, :, None, None].expand_as(conv.weight)})
-            for part in () if norm_name is None else (modules[norm_name].weight, modules[norm_name].bias):
-                part[~filters.to(part.device)] = 0
+            for part in () if norm is None else ("weight", "bias"):
+                values = getattr(model.get_submodule(norm), part)
+                values[~filters.to(values.device)] = 0
             read = filters
     return more
-
-
-def _all_filters(conv: nn.Conv2d) -> Tensor:
-    return torch.ones(conv.out_channels, dtype=torch.bool)
 
 
 @torch.no_grad()
 def thin(model: nn.Module) -> Thin:
     """The smaller network that gives the same outputs as `model`, masked or not, which stays as it is.
 
-    An inner channel goes where nothing reads it, or where its filter is zero and what it emits after BatchNorm and
-    ReLU is zero too, or is a constant that the next convolution, being unpadded, passes on as a constant, which the
-    BatchNorm after it absorbs into its mean. A padded convolution sees a constant differently at the border, so there
-    it stays. Outputs agree up to the rounding of float32. A branch that ends in a zero BatchNorm goes as a whole;
-    elsewhere each convolution keeps one channel or more.
+    An inner channel is removed where nothing reads it; where its filter is zero and it emits zero after BatchNorm and
+    ReLU; and where it emits a constant to an unpadded convolution, whose BatchNorm absorbs the constant into its mean.
+    A padded convolution sees a constant differently at the border, so there the channel stays. Outputs agree up to the
+    rounding of float32. A branch that ends in a zero BatchNorm is removed whole; elsewhere each convolution keeps one
+    channel or more. The state is on the CPU.
     """
     state = {name: value.cpu() for name, value in unmasked_state(model).items()}
-    modules = dict(model.named_modules())
     found = branches(model)
-    before = sum(len(state[f"{name}.weight"]) for branch in found for name in branch.inner)
+    before = {name: len(state[f"{name}.weight"]) for branch in found for name in branch.convs[:-1]}
     for branch in found:
-        if branch.residual and _adds_nothing(state, branch.norms[-1]):
-            _drop(state, branch)
+        if branch.residual and not any(state[f"{branch.norms[-1]}.{part}"].any() for part in ("weight", "bias")):
+            gone = branch.convs + branch.norms
+            state = {key: value for key, value in state.items() if key.rpartition(".")[0] not in gone}
         else:
-            while _shrink(state, branch, modules):  # what goes may be all that read another channel
+            while _shrink(state, branch, model):  # a channel that goes may have been all that read another one
                 pass
-    widths = {name: len(state.get(f"{name}.weight", ())) for branch in found for name in branch.inner}
+    widths = {name: len(state.get(f"{name}.weight", ())) for name in before}
     dead = sum(int(_silent(state[f"{name}.weight"]).sum()) for name, count in widths.items() if count)
-    return Thin(state, widths, before - sum(widths.values()), dead)
+    return Thin(state, widths, sum(before.values()) - sum(widths.values()), dead)
 
 
-def _shrink(state: dict[str, Tensor], branch: Branch, modules: dict[str, nn.Module]) -> bool:
-    """Remove channels of a branch from `state`, in place, where outputs stay the same; whether any went."""
-    gone = 0
-    for index, name in enumerate(branch.inner):
-        reader, reader_norm = branch.convs[index + 1], branch.norms[index + 1]
-        weight, following = state[f"{name}.weight"], state[f"{reader}.weight"]
-        constant = _constant(state, name, branch.norms[index], modules)
+def _shrink(state: dict[str, Tensor], branch: Branch, model: nn.Module) -> bool:
+    """Remove channels of a branch from `state`, in place, where outputs stay the same; returns whether any went."""
+    shrunk = False
+    for (name, norm), (reader, reader_norm) in pairwise(zip(branch.convs, branch.norms, strict=True)):
+        silent, following = _silent(state[f"{name}.weight"]), state[f"{reader}.weight"]
         unread = ~following.any(dim=(0, 2, 3))
-        absorbed = _silent(weight) & ~unread & (constant > 0)
-        if modules[reader].padding not in ((0, 0), "valid") or reader_norm is None:
-            removable, absorbed = unread | _silent(weight) & (constant == 0), torch.zeros_like(absorbed)
-        else:
-            removable = unread | _silent(weight)
+        constant = _constant(state, name, norm, model.get_submodule(norm).eps)
+        removable, absorbed = unread | silent & (constant == 0), silent & ~unread & (constant > 0)
+        if reader_norm is not None and model.get_submodule(reader).padding in ((0, 0), "valid"):
+            removable |= absorbed
         if removable.all():
-            removable[0] = absorbed[0] = False  # a convolution has one channel or more
+            removable[0] = False  # a convolution has one channel or more
+        absorbed &= removable
         if absorbed.any():
             passed = following[:, absorbed].double().sum(dim=(2, 3)) @ constant[absorbed]
             state[f"{reader_norm}.running_mean"] -= passed.float()
-        _slice(state, branch, index, ~removable)
-        gone += int(removable.sum())
-    return gone > 0
-
-
-def _slice(state: dict[str, Tensor], branch: Branch, index: int, kept: Tensor) -> None:
-    """Keep, in place, the channels `kept` (boolean) between an inner convolution of a branch and its reader."""
-    name, norm, reader = branch.convs[index], branch.norms[index], branch.convs[index + 1]
-    for key in (f"{name}.weight", f"{name}.bias", *(f"{norm}.{part}" for part in _NORM_PARTS)):
-        if key in state:
-            state[key] = state[key][kept]
-    state[f"{reader}.weight"] = state[f"{reader}.weight"][:, kept]
-
-
-_NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
-
-
-def _drop(state: dict[str, Tensor], branch: Branch) -> None:
-    """Remove, in place, all that a branch consists of."""
-    for name in (*branch.convs, *branch.norms):
-        for key in [key for key in state if key.startswith(f"{name}.")]:
-            del state[key]
+        for key in (f"{name}.weight", f"{name}.bias", *(f"{norm}.{part}" for part in NORM_PARTS)):
+            if key in state:
+                state[key] = state[key][~removable]
+        state[f"{reader}.weight"] = following[:, ~removable]
+        shrunk |= bool(removable.any())
+    return shrunk
 
 
 def _silent(weight: Tensor) -> Tensor:
@@ -179,49 +159,23 @@ def _silent(weight: Tensor) -> Tensor:
     return ~weight.flatten(1).any(dim=1)
 
 
-def _constant(state: dict[str, Tensor], conv: str, norm: str, modules: dict[str, nn.Module]) -> Tensor:
-    """What each channel of an inner convolution emits after ReLU if its filter is zero: [filters], float64."""
-    weight, bias, mean, variance = (state[f"{norm}.{part}"].double() for part in _NORM_PARTS)
+def _constant(state: dict[str, Tensor], conv: str, norm: str, eps: float) -> Tensor:
+    """The constant each channel of an inner convolution emits after ReLU if its filter is zero: [filters], float64."""
+    weight, bias, mean, variance = (state[f"{norm}.{part}"].double() for part in NORM_PARTS)
     received = state[f"{conv}.bias"].double() if f"{conv}.bias" in state else 0.0
-    return (bias + weight * (received - mean) / (variance + modules[norm].eps).sqrt()).relu()
+    return (bias + weight * (received - mean) / (variance + eps).sqrt()).relu()
 
 
-def _adds_nothing(state: dict[str, Tensor], norm: str) -> bool:
-    """Whether a BatchNorm gives zero whatever it receives."""
-    return not state[f"{norm}.weight"].any() and not state[f"{norm}.bias"].any()
+def _only_user(node: fx.Node | None) -> fx.Node | None:
+    """The node that alone reads the output of `node`."""
+    return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
 
 
-def _is_plain_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
-
-
-def _norm_after(node: fx.Node, modules: dict[str, nn.Module], nodes: dict[str, fx.Node]) -> fx.Node | None:
-    """The BatchNorm that alone reads a convolution, with weights and statistics of its own."""
-    follower = next(iter(node.users), None)
-    if len(node.users) != 1 or follower.op != "call_module" or nodes.get(follower.target) is not follower:
+def _reader(norm: fx.Node | None, modules: dict[fx.Node, nn.Module]) -> fx.Node | None:
+    """The layer that alone reads a BatchNorm, through a ReLU, in the same block."""
+    relu = _only_user(norm)
+    reader = _only_user(relu)
+    if reader not in modules or not (isinstance(modules[relu], nn.ReLU) if relu in modules else relu.target in RELUS):
         return None
-    module = modules[follower.target]
-    return follower if isinstance(module, BatchNorm) and module.affine and module.track_running_stats else None
-
-
-def _reader(norm: fx.Node | None, modules: dict[str, nn.Module], convs: dict[str, fx.Node]) -> str | None:
-    """The convolution that alone reads a BatchNorm, through a ReLU."""
-    if norm is None or len(norm.users) != 1:
-        return None
-    relu = next(iter(norm.users))
-    reader = next(iter(relu.users), None)
-    if not _is_relu(relu, modules) or len(relu.users) != 1 or reader.op != "call_module":
-        return None
-    # A stem that is read by one shortcut alone is no part of that block: who builds the network could not make it thin.
-    same_block = reader.target.rpartition(".")[0] == norm.target.rpartition(".")[0]
-    return reader.target if convs.get(reader.target) is reader and same_block else None
-
-
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return isinstance(modules[node.target], nn.ReLU)
-    return (node.op == "call_function" and node.target in RELUS) or (node.op == "call_method" and node.target == "relu")
-
-
-def _is_addition(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
+    # A stem that only one shortcut reads is no part of that block: the network could not be built thin.
+    return reader if reader.target.rpartition(".")[0] == norm.target.rpartition(".")[0] else None

@@ -1,112 +1,98 @@
 """From a network and a level to a masked copy of it: scores, allocation, masks."""
 
 import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from sparsity.data.calibration import Calibration
-from sparsity.networks.layers import Layer, unmasked_state
-from sparsity.prune.allocation import Allocator, Ranking, prepare, rank
+from sparsity.networks.layers import unmasked_state
+from sparsity.prune.allocation import Allocator
 from sparsity.prune.criteria import FILTER_CRITERIA, SQUARED, Evidence, score
 from sparsity.prune.filters import inner_convs, mask_filters
 from sparsity.prune.masks import apply_masks, prune_l1_uniform
-from sparsity.results.rows import ONE_LAYER, Curve
+from sparsity.system.methods import ONE_LAYER, Curve
 
 
+@dataclass(eq=False)
 class Pruner:
-    """Prunes copies of one network to any level; what does not depend on the level is computed once.
+    """Prunes copies of one unmasked `network`, whose prunable layers are `layers`, to any level.
 
-    `network` is unmasked, `layers` names its prunable layers. With `nested`, weights that are zero already go before
-    all others, so that the masks of an earlier level are part of the next one's.
+    Scores are computed once for all curves of a criterion that follow each other, and sorted once for all levels of a
+    curve. `seed` draws random scores; pass another one for each checkpoint. With `nested`, weights that are zero
+    already go before all others.
     """
 
-    def __init__(
-        self, network: nn.Module, layers: list[str], calibration: Calibration | None, seed: int, nested: bool = False
-    ):
-        self.network, self.layers = network, layers
-        self.calibration, self.seed, self.nested = calibration, seed, nested
-        self._scores: dict[str, tuple[dict[str, Tensor], list[str]]] = {}
-        self._rankings: dict[tuple[str, ...], Ranking] = {}
-        self._allocators: dict[tuple[str, ...], Allocator] = {}
+    network: nn.Module
+    layers: list[str]
+    calibration: Calibration | None = None
+    seed: int = 0
+    nested: bool = False
+
+    def __post_init__(self):
+        self._curve = ("", "")  # criterion and allocation of those that are held:
+        self._scores, self._notes, self._allocator = {}, [], None
+
+    def continued(self, model: nn.Module) -> "Pruner":
+        """The pruner of the next level of an iterative curve: its network is a plain copy of `model`, masked or not."""
+        return replace(self, network=baked(model, self.network), nested=True)
 
     def prune(self, curve: Curve, level: float) -> tuple[nn.Module, list[str]]:
-        """A masked copy of the network at `level` percent, with weights of its own, and what has to be reported."""
-        criterion, allocation, recovery = curve
-        if criterion in FILTER_CRITERIA:
-            return self._prune_filters(criterion, allocation, level)
-        # Without recovery nobody changes the weights, and the copy shares them.
-        shared = {id(weight): weight for weight in self.network.parameters()} if recovery == "none" else {}
+        """A copy of the network masked at `level` percent, and notes for the user.
+
+        Its weights are its own, unless the curve recovers nothing: they are then shared with `network`.
+        """
+        if curve.prunes_filters:
+            return self._prune_filters(curve, level)
+        shared = {id(weight): weight for weight in self.network.parameters()} if curve.recover == "none" else {}
         model = copy.deepcopy(self.network, shared)
-        names = self.layers
-        if allocation.startswith(ONE_LAYER):
-            names, allocation = [allocation.removeprefix(ONE_LAYER)], "uniform"
+        names, allocation = _scope(curve, self.layers)
         layers = {name: model.get_submodule(name) for name in names}
-        if (criterion, allocation) == ("l1", "uniform") and selects_by_call(layers):
+        on_cpu = next(self.network.parameters()).device.type == "cpu"
+        if (curve.criterion, allocation) == ("l1", "uniform") and on_cpu:
+            # As the study does. A GPU sorts once for all levels; of equal magnitudes it may mask others than `topk`.
             prune_l1_uniform(layers, level / 100)
             return model, []
-        masks, swapped = self._allocator(criterion, allocation, names).masks(level / 100)
+        masks, swapped = self._allocate(curve).masks(level / 100)
         apply_masks(layers, masks)
-        notes = list(self._scores[criterion][1])
-        if swapped:
-            weights = "1 weight" if swapped == 1 else f"{swapped} weights"
-            notes.append(f"{weights} swapped so that no layer is empty")
-        return model, notes
+        return model, [*self._notes, *_swap_notes(swapped, "weight")]
 
-    def _prune_filters(self, criterion: str, allocation: str, level: float) -> tuple[nn.Module, list[str]]:
+    def _prune_filters(self, curve: Curve, level: float) -> tuple[nn.Module, list[str]]:
         """A copy of the network without `level` percent of the filters of its inner convolutions."""
         model = copy.deepcopy(self.network)
-        names = [name for name in inner_convs(model) if name in self.layers]
-        if allocation.startswith(ONE_LAYER):
-            names, allocation = [allocation.removeprefix(ONE_LAYER)], "uniform"
-        convs = {name: model.get_submodule(name) for name in names}
-        # A level of a few thousand filters is ranked in no time; filters that are gone already have the lowest score.
-        with torch.no_grad():
-            ranking = rank(FILTER_CRITERIA[criterion](convs))
-        keep, swapped = prepare(allocation, ranking).masks(level / 100)
+        names, allocation = _scope(curve, [name for name in inner_convs(model) if name in self.layers])
+        # A few thousand filters are sorted in no time; filters that are gone already have the lowest score.
+        scores = FILTER_CRITERIA[curve.criterion]({name: model.get_submodule(name) for name in names})
+        keep, swapped = Allocator(allocation, scores).masks(level / 100)
         more = mask_filters(model, keep)
-        plural = "s" * (swapped > 1)
-        notes = [f"{swapped} filter{plural} swapped so that no layer is empty"] * (swapped > 0)
+        notes = _swap_notes(swapped, "filter")
         return model, notes + [f"filters of blocks of which nothing is left went too: {more}"] * (more > 0)
 
-    def _allocator(self, criterion: str, allocation: str, names: list[str]) -> Allocator:
-        key = (criterion, allocation, *names)
-        if key not in self._allocators:
-            self._allocators = {}  # freed before its successor is made: what lamp keeps is twice the scores
-            self._allocators = {key: prepare(allocation, self._ranking(criterion, names))}
-        return self._allocators[key]
+    def _allocate(self, curve: Curve) -> Allocator:
+        """The allocation of a curve's scores; those of the last curve are freed first, because they fill memory."""
+        if self._curve != curve[:2]:
+            self._allocator = None
+            if self._curve[0] != curve.criterion:
+                self._scores = {}
+                self._scores = self._score(curve.criterion)
+            names, allocation = _scope(curve, self.layers)
+            scores = {name: self._scores[name] for name in names}
+            self._allocator = Allocator(allocation, scores, squared=curve.criterion in SQUARED)
+            self._curve = curve[:2]
+        return self._allocator
 
-    def _ranking(self, criterion: str, names: list[str]) -> Ranking:
-        """The sorted scores, which all allocations of a criterion share."""
-        key = (criterion, *names)
-        if key not in self._rankings:
-            self._rankings = {}  # those of the last criterion are not needed any more
-            if criterion not in self._scores:
-                self._scores = {criterion: self._score(criterion)}
-            scores, _ = self._scores[criterion]
-            self._rankings = {key: rank({name: scores[name] for name in names}, squared=criterion in SQUARED)}
-        return self._rankings[key]
-
-    def _score(self, criterion: str) -> tuple[dict[str, Tensor], list[str]]:
-        layers: dict[str, Layer] = {name: self.network.get_submodule(name) for name in self.layers}
-        notes: list[str] = []
-        scores = score(criterion, Evidence(self.network, layers, self.calibration, self.seed, notes))
+    def _score(self, criterion: str) -> dict[str, Tensor]:
+        """The scores of all weights by a criterion."""
+        layers = {name: self.network.get_submodule(name) for name in self.layers}
+        evidence = Evidence(self.network, layers, self.calibration, self.seed)
+        scores, self._notes = score(criterion, evidence), evidence.notes
         if self.nested:
-            lowest = min(float(values.min()) for values in scores.values())
-            tiny = torch.finfo(torch.float32).tiny
+            lowest = min(0.0, *(float(values.min()) for values in scores.values()))
             for name, layer in layers.items():
-                above = (scores[name] - min(lowest, 0.0)).clamp_min(tiny)
+                above = (scores[name] - lowest).clamp_min(torch.finfo(torch.float32).tiny)
                 scores[name] = torch.where(layer.weight.detach() == 0, 0.0, above)
-        return scores, notes
-
-
-def selects_by_call(layers: dict[str, Layer]) -> bool:
-    """Whether l1 uniform is the study's own call for each layer and level, as it is on a CPU; a GPU sorts once instead.
-
-    Both mask the same number of weights of each layer, and the same weights but for equal magnitudes at the threshold:
-    there the call leaves the choice to `topk`, while by a ranking those go that come first in the layer.
-    """
-    return all(layer.weight.device.type == "cpu" for layer in layers.values())
+        return scores
 
 
 def baked(model: nn.Module, dense: nn.Module) -> nn.Module:
@@ -114,3 +100,14 @@ def baked(model: nn.Module, dense: nn.Module) -> nn.Module:
     plain = copy.deepcopy(dense)
     plain.load_state_dict(unmasked_state(model))
     return plain.eval()
+
+
+def _scope(curve: Curve, names: list[str]) -> tuple[list[str], str]:
+    """The layers that a curve prunes, of `names`, and the allocation among them."""
+    if curve.allocation.startswith(ONE_LAYER):
+        return [curve.allocation.removeprefix(ONE_LAYER)], "uniform"
+    return names, curve.allocation
+
+
+def _swap_notes(swapped: int, unit: str) -> list[str]:
+    return [f"{swapped} {unit}{'s' * (swapped > 1)} swapped so that no layer is empty"] * (swapped > 0)

@@ -1,0 +1,206 @@
+"""Filters: which may be removed, the masked network, and the thin one that gives the same outputs."""
+
+import copy
+
+import pytest
+import torch
+from conftest import awaken
+from torch import nn
+
+import Build_Resnet
+from sparsity.networks.layers import prunable_layers, unmasked_state
+from sparsity.prune.allocation import Allocator
+from sparsity.prune.criteria import filter_l1
+from sparsity.prune.filters import Branch, branches, inner_convs, mask_filters, thin
+from sparsity.prune.masks import prune_l1_uniform
+from sparsity.prune.pruner import Pruner
+from sparsity.system.methods import Curve
+
+LEVELS = [0, 30, 50, 70, 90, 99.5, 100]
+ARCHS = ["resnet18", "resnet50"]
+EXAMPLE = torch.zeros(1, 3, 16, 16)
+
+
+def spec_of(arch="resnet50", width=8):
+    return {"arch": arch, "num_classes": 5, "width": width}
+
+
+def network(arch="resnet50", width=8):
+    torch.manual_seed(0)
+    return awaken(Build_Resnet.build(spec_of(arch, width)))
+
+
+def pruned(model, level, allocation="uniform"):
+    """A copy without `level` percent of its inner filters, which of them were to stay, and how many more went."""
+    model = copy.deepcopy(model)
+    convs = {name: model.get_submodule(name) for name in inner_convs(model)}
+    keep, _ = Allocator(allocation, filter_l1(convs)).masks(level / 100)
+    return model, keep, mask_filters(model, keep)
+
+
+def rebuilt(spec, found):
+    small = Build_Resnet.build(spec | {"widths": found.widths})
+    small.load_state_dict(found.state)
+    return small.eval()
+
+
+@torch.no_grad()
+def apart(first, second):
+    """Largest difference of outputs in units of the largest output."""
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    one, other = first(images), second(images)
+    return float((one - other).abs().max() / one.abs().max())
+
+
+class Shared(nn.Module):
+    """A convolution read twice, one that runs twice, a grouped one, one under a `relu` that is none: all must stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.twice, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.grouped, self.bn3 = nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4)
+        self.last, self.bn4, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.SiLU()
+        self.end = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        x = x + self.twice(x)
+        x = self.bn2(self.twice(x)).relu()
+        x = self.last(self.bn3(self.grouped(x)).relu())
+        return self.end(self.relu(self.bn4(x)))
+
+
+def test_branches_are_found_in_any_network_where_nothing_else_reads_a_channel(small_net):
+    for arch in Build_Resnet.ARCHITECTURES:
+        assert inner_convs(network(arch, 2)) == list(Build_Resnet.inner_widths(arch, 2))
+    assert [(branch.convs, branch.residual) for branch in branches(small_net)] == [(("stem", "down"), False)]
+    convs, norms = (tuple(f"layer1.0.{kind}{number}" for number in (1, 2, 3)) for kind in ("conv", "bn"))
+    assert branches(network())[0] == Branch(convs, norms, residual=True)
+    assert branches(Shared()) == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_thin_network_gives_the_outputs_of_the_masked_one(arch, allocation, level):
+    dense = network(arch)
+    model, keep, more = pruned(dense, level, allocation)
+    before = copy.deepcopy(model.state_dict())
+    found = thin(model)
+    small = rebuilt(spec_of(arch), found)
+    assert apart(model, small) <= 1e-4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (found.removed, found.dead) == (sum(int((~filters).sum()) for filters in keep.values()) + more, 0)
+    assert more == 0 or level > 99  # where a convolution is emptied, its block is
+    left = sum(int(torch.count_nonzero(layer.weight)) for layer in prunable_layers(model, EXAMPLE).values())
+    # Masked is removed, nothing more and nothing less.
+    assert sum(layer.weight.numel() for layer in prunable_layers(small, EXAMPLE).values()) == left
+    for name, filters in keep.items() if allocation == "uniform" else ():
+        assert int((~filters).sum()) == round(level / 100 * len(filters))
+        norms = dense.get_submodule(name).weight.detach().abs().sum(dim=(1, 2, 3))
+        assert filters.all() or not filters.any() or norms[filters].min() >= norms[~filters].max()
+
+
+def test_a_pruned_filter_is_silent_and_a_kept_one_untouched():
+    dense = network()
+    model, keep, _ = pruned(dense, 50)
+    old, new = dense.state_dict(), unmasked_state(model)
+    for branch in branches(dense):
+        for name, norm, reader in zip(branch.convs, branch.norms, branch.convs[1:], strict=False):
+            for key in (f"{name}.weight", f"{norm}.weight", f"{norm}.bias"):
+                assert not new[key][~keep[name]].any()
+                assert "conv" in key or torch.equal(new[key][keep[name]], old[key][keep[name]])
+            assert not new[f"{reader}.weight"][:, ~keep[name]].any()
+    assert torch.equal(new["conv1.weight"], old["conv1.weight"])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_where_a_convolution_is_emptied_its_branch_goes_and_at_100_percent_a_block_is_its_shortcut(arch):
+    model = network(arch)
+    convs = branches(model)[0].convs[:-1]
+    assert mask_filters(model, {convs[-1]: torch.zeros(8, dtype=torch.bool)}) == 8 * (len(convs) - 1)
+    found = thin(model)
+    assert {found.widths[name] for name in convs} == {0} and apart(model, rebuilt(spec_of(arch), found)) <= 1e-4
+    found = thin(pruned(network(arch), 100)[0])
+    assert set(found.widths.values()) == {0}
+    small = rebuilt(spec_of(arch), found)
+    block, following = small.layer2[:2]
+    images = torch.randn(2, block.shortcut[0].in_channels, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(block(images), block.shortcut(images).relu())
+        assert torch.equal(following(block(images)), block(images))
+    assert inner_convs(small) == []
+    prune_l1_uniform(prunable_layers(small, EXAMPLE), 1.0)
+    assert thin(small).removed == 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("level", [0, 50, 90, 97, 99.9, 100])
+def test_dead_channels_go_where_outputs_stay_the_same(arch, level):
+    model = network(arch)
+    prune_l1_uniform(prunable_layers(model, EXAMPLE), level / 100)
+    found = thin(model)
+    assert apart(model, rebuilt(spec_of(arch), found)) <= 1e-4
+    assert level == 90 or (found.removed > 0) == (level > 90)
+    assert min(found.widths.values()) >= 1
+
+
+def sequence(width, padding):
+    first, second = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 5, 3, padding=padding, bias=False)
+    return nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), second, nn.BatchNorm2d(5))
+
+
+@pytest.mark.parametrize(
+    ("padding", "unread", "bias", "removed", "dead"),
+    [
+        (0, [], 0.0, 2, 0),  # an unpadded convolution passes a constant on to its BatchNorm
+        (1, [], 0.0, 1, 1),  # a padded one sees it differently at the border
+        (1, [0, 3], 0.0, 3, 0),  # channels that nobody reads go whatever they emit
+        (1, [], 2.0, 0, 2),  # the bias of a zero filter makes the quiet channel loud
+    ],
+)
+def test_constants_of_dead_channels(padding, unread, bias, removed, dead):
+    """Channel 0 of the first convolution is dead and loud, channel 1 dead and quiet."""
+    torch.manual_seed(0)
+    model = awaken(sequence(4, padding))
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+        model[0].bias.copy_(torch.tensor([0.0, bias, 0.0, 0.0]))
+        model[1].weight[:] = 1
+        model[1].running_mean[:] = 0
+        model[1].bias[:2] = torch.tensor([0.7, -0.7])
+        model[3].weight[:, unread] = 0
+    found = thin(model)
+    assert (found.removed, found.dead) == (removed, dead)
+    assert torch.equal(found.state["4.running_mean"], model[4].running_mean) == (padding == 1)
+    small = sequence(found.widths["0"], padding)
+    small.load_state_dict(found.state)
+    assert apart(model, small.eval()) <= 1e-5
+
+
+def test_a_thin_network_is_thinned_again_and_excluded_layers_keep_their_filters():
+    first = thin(pruned(network(), 50)[0])
+    dense = rebuilt(spec_of(), first)
+    layers = [name for name in prunable_layers(dense, EXAMPLE) if name != "layer1.0.conv1"]
+    model, _ = Pruner(dense, layers).prune(Curve("filter_l1", "uniform", "none"), 50)
+    twice = thin(model)
+    assert (twice.widths["layer1.0.conv1"], twice.widths["layer1.0.conv2"]) == (4, 2)
+    assert apart(model, rebuilt(spec_of() | {"widths": first.widths}, twice)) <= 1e-4
+
+
+def test_widths_are_read_off_the_shapes_and_impossible_ones_refused():
+    found = thin(pruned(network(), 50)[0])
+    assert Build_Resnet.spec_of(found.state) == spec_of() | {"widths": found.widths}
+    assert "widths" not in Build_Resnet.spec_of(network().state_dict())
+    with pytest.raises(ValueError, match="none of the known architectures"):
+        Build_Resnet.spec_of(thin(pruned(network(), 100)[0]).state)
+    for said, wrong in {
+        "no inner convolution": [{name: 1} for name in ("layer9.0.conv1", "layer1.0.conv3", 3)],
+        "from 0 to 8": [{"layer1.0.conv1": width} for width in (9, -1, True, 2.0)],
+        "no filters in one convolution": [{"layer1.0.conv1": 0}],
+        "not a dictionary": [[1]],
+    }.items():
+        for widths in wrong:
+            with pytest.raises(ValueError, match=said):
+                Build_Resnet.build(spec_of() | {"widths": widths})
