@@ -1,0 +1,95 @@
+"""Fine-tuning: masks hold after every step, removed filters stay removed, the loss falls, rates are rewound."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import awaken
+
+import Build_Resnet
+from sparsity.data.images import normalise
+from sparsity.networks.layers import prunable_layers, zeros_by_layer
+from sparsity.prune.filters import thin
+from sparsity.prune.masks import prune_l1_uniform
+from sparsity.prune.pruner import Pruner
+from sparsity.recover.finetune import Finetuning, finetune, rewound_rates
+from sparsity.system.errors import UserError
+from sparsity.system.methods import Curve
+
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+
+
+def recipe(split, *rates, weight_decay=5e-4, dtype=torch.float32):
+    return Finetuning(split, rates, 16, 0.9, weight_decay, dtype)
+
+
+def pruned(dense):
+    model = copy.deepcopy(dense)
+    layers = prunable_layers(model, EXAMPLE)
+    prune_l1_uniform(layers, 0.5)
+    return model, layers
+
+
+@torch.no_grad()
+def loss_of(model, split):
+    return float(F.cross_entropy(model(normalise(split.images, split.mean, split.std)), split.labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_falls_under_masks_that_hold_in_every_step_and_the_seed_repeats_it(small_net, small_split, dtype):
+    (model, layers), (again, others), regrown = pruned(small_net), pruned(small_net), []
+    counts, before = zeros_by_layer(layers), loss_of(model, small_split)
+
+    def look(module, inputs):
+        regrown.extend(bool(layer.weight_orig[layer.weight_mask == 0].any()) for layer in layers.values())
+
+    handle = model.register_forward_pre_hook(look)
+    for network, masked in ((model, layers), (again, others)):
+        finetune(network, masked, recipe(small_split, *[0.05] * 5, dtype=dtype), 1)
+    handle.remove()
+    assert len(regrown) == 5 * 4 * 3 and not any(regrown)
+    assert zeros_by_layer(layers) == counts and loss_of(model, small_split) < before
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("level", [0, 50, 95, 100])  # of 4 filters, at 95 percent none is left
+def test_removed_filters_and_emptied_blocks_stay_removed(small_split, arch, level):
+    """The last BatchNorm's bias of an emptied block has a gradient."""
+    torch.manual_seed(0)
+    dense = awaken(Build_Resnet.build({"arch": arch, "num_classes": 4, "width": 4}))
+    layers = list(prunable_layers(dense, EXAMPLE))
+    model, _ = Pruner(dense, layers).prune(Curve("filter_l1", "uniform", "finetune"), level)
+    before = thin(model)
+    finetune(model, {name: model.get_submodule(name) for name in layers}, recipe(small_split, 0.05, 0.05), 0)
+    after = thin(model)
+    assert (after.widths, after.removed, after.dead) == (before.widths, before.removed, before.dead)
+    assert not torch.equal(model.linear.weight, dense.linear.weight)
+    assert model.layer1[0].bn2.bias.any() == (level <= 50)
+
+
+def test_rewound_rates_are_the_last_of_the_training_and_too_large_ones_name_their_own_flag(small_net, small_split):
+    # The study's schedule: 60 epochs, half period 20, down, up, down.
+    assert rewound_rates(0.01, 20, 60, 1)[0] == pytest.approx(0.01 * (1 + np.cos(np.pi * 59 / 20)) / 2)
+    rates = rewound_rates(0.01, 20, 60, 20)
+    assert rates[0] == pytest.approx(0.01) and list(rates) == sorted(rates, reverse=True)
+    assert rewound_rates(0.1, 2, 2, 3) == pytest.approx((0.05, 0.1, 0.05))
+    with pytest.raises(UserError, match="smaller --finetune_learning_rate"):
+        finetune(*pruned(small_net), recipe(small_split, 1e20, 1e20, 1e20, weight_decay=0.1), 0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_fine_tunes_as_the_cpu_does(small_net, small_split, monkeypatch, dtype):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    (here, layers), (there, _) = pruned(small_net), pruned(small_net)
+    finetune(here, layers, recipe(small_split, 0.01), 0)
+    theirs = prunable_layers(there.cuda(), EXAMPLE.cuda())
+    finetune(there, theirs, recipe(small_split.to(torch.device("cuda")), 0.01, dtype=dtype), 0)
+    assert zeros_by_layer(theirs) == zeros_by_layer(layers)
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    for name, value in here.state_dict().items():
+        torch.testing.assert_close(there.state_dict()[name].cpu(), value, rtol=tolerance, atol=tolerance)
