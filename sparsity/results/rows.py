@@ -1,14 +1,21 @@
-"""Rows: what is written down of one evaluated network, and how it is written."""
+"""Rows: one line of the CSV for each evaluated network."""
 
-import math
-from dataclasses import dataclass, fields
+import csv
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparsity.results.statistics import discordant, mcnemar_p, wilson_interval
+from sparsity.system.errors import UserError, one_line
+from sparsity.system.files import read_csv, write_csv
+from sparsity.system.flags import level_text
+from sparsity.system.methods import Curve
 
-Curve = tuple[str, str, str]  # criterion, allocation, recover
+WAYS_OUT = "measure again with --restart, or choose another --name"
+SPARSE_NOTE = "sparse arithmetic"  # the note of rows whose network was run by sparse kernels
 
 
 @dataclass(frozen=True)
@@ -47,35 +54,20 @@ class Row:
     peak_memory_mb: float | None = None
     speedup: float | None = None
 
-    def __post_init__(self):
-        if self.notes.splitlines() not in ([], [self.notes]):
-            raise ValueError("the notes of a row are one line")
-
     @property
     def curve(self) -> Curve:
-        """The rows that one line of the plot joins, over all checkpoints."""
-        return self.criterion, self.allocation, self.recover
+        """The curve of the plot that this row is a point of, over all checkpoints."""
+        return Curve(self.criterion, self.allocation, self.recover)
 
     @property
     def key(self) -> str:
-        """What tells this row from all others, as one string."""
+        """The identity of this row: `row_key`."""
         return row_key(self.checkpoint, self.curve, self.level)
 
 
-SPARSE_NOTE = "sparse arithmetic"  # begins the note of rows whose network was run by sparse kernels
-
-
-ONE_LAYER = "only "  # begins the allocation of rows in which one layer alone is pruned
-
-
 COLUMNS = tuple(field.name for field in fields(Row))
-
-
-# Columns that stay empty unless asked for, with their types; tables from before there were any lack them.
-TIMED = dict.fromkeys(("latency_ms", "throughput", "peak_memory_mb", "speedup"), float)
-
-
-MEASURED: dict[str, type] = {"file_bytes": int, **TIMED}
+TIMED = ("latency_ms", "throughput", "peak_memory_mb", "speedup")
+MEASURED = ("file_bytes", *TIMED)  # columns that stay empty unless asked for
 
 
 def row_key(checkpoint: str, curve: Curve, level: float) -> str:
@@ -83,28 +75,21 @@ def row_key(checkpoint: str, curve: Curve, level: float) -> str:
     return "|".join((checkpoint, *curve, level_text(level)))
 
 
-def level_text(level: float) -> str:
-    """A level in percent as a person writes it: 40, 99.5."""
-    return f"{level:.10g}"
-
-
 def accuracy_columns(correct: int, total: int) -> dict[str, float]:
     """`accuracy`, `ci_low` and `ci_high` of a row, in percent."""
     low, high = wilson_interval(correct, total)
-    return {
-        "accuracy": round(100 * correct / total, 6),
-        "ci_low": round(100 * low, 6),
-        "ci_high": round(100 * high, 6),
-    }
+    return {"accuracy": round(100 * correct / total, 6), "ci_low": round(100 * low, 6), "ci_high": round(100 * high, 6)}
 
 
 def comparison_columns(correct: np.ndarray, dense_correct: np.ndarray) -> dict[str, Any]:
-    """`lost`, `gained` and `mcnemar_p` of a row, from the images [N] that it and the dense network get right.
-
-    p keeps six significant digits: as many as the CSV needs to come back the same, and a tiny one stays above 0.
-    """
+    """`lost`, `gained` and `mcnemar_p` of a row, from the images [N] that it and the dense network get right."""
     lost, gained = discordant(correct, dense_correct)
-    return {"lost": lost, "gained": gained, "mcnemar_p": float(f"{mcnemar_p(lost, gained):.6g}")}
+    return {"lost": lost, "gained": gained, "mcnemar_p": six_digits(mcnemar_p(lost, gained))}
+
+
+def six_digits(p: float) -> float:
+    """A p value with six significant digits: however small, it does not become 0 by rounding."""
+    return float(f"{p:.6g}")
 
 
 def points(value: float) -> str:
@@ -118,13 +103,25 @@ def curve_name(curve: Curve) -> str:
     return f"{criterion} {allocation}" + ("" if recover == "none" else f" + {recover}")
 
 
-def parse_row(line: dict[str, str]) -> Row:
-    """A row from a line of the CSV, as csv.DictReader gives it; ValueError or TypeError when it is not one."""
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows atomically as CSV."""
+    write_csv(path, COLUMNS, (asdict(row) | {"level": level_text(row.level)} for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV, none where there is no file. Raises UserError when it cannot be read."""
+    if not path.exists():
+        return []
+    try:
+        return [_parse(line) for line in read_csv(path)]
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)[:120]}); {WAYS_OUT}") from error
+
+
+def _parse(line: dict[str, str]) -> Row:
+    """A row from a line of the CSV, as csv.DictReader gives it."""
     # A line that ends early has None in its last columns, one that is too long has a column None.
     if None in line or None in line.values():
         raise ValueError("a line has another number of columns than the first")
-    kinds = {field.name: field.type for field in fields(Row)} | MEASURED
-    values = {name: kind(line[name]) for name, kind in kinds.items() if name not in MEASURED or line.get(name)}
-    if any(not math.isfinite(values[name]) or values[name] < 0 for name in MEASURED if name in values):
-        raise ValueError("a size, time or memory is not a number from 0")
-    return Row(**values)
+    kinds = {field.name: field.type for field in fields(Row)} | dict.fromkeys(TIMED, float) | {"file_bytes": int}
+    return Row(**{name: kind(line[name]) for name, kind in kinds.items() if name not in MEASURED or line[name]})
