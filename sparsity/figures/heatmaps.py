@@ -1,24 +1,24 @@
 """Figures that tell where a sweep does its damage: class by class and layer by layer, from the data files only."""
 
 import math
-from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsity.figures.style import literal, save_figure, set_title, wrapped
-from sparsity.results.files import SweepFiles
-from sparsity.results.rows import ONE_LAYER, Row, curve_name, level_text
+from sparsity.figures import style
+from sparsity.results.rows import Row, curve_name
 from sparsity.results.statistics import class_accuracy
-from sparsity.results.store import Sweep, read_sweep
-from sparsity.system.errors import UserError
+from sparsity.results.store import Sweep, SweepFiles, read_sweep
+from sparsity.system.flags import level_text
+from sparsity.system.methods import ONE_LAYER
 
 MOST_PANELS = 12
 
 
-@dataclass(frozen=True)
-class Panel:
+class HeatMap(NamedTuple):
     """One heat map: `values` [names, levels], nan where there is nothing to show."""
 
     title: str
@@ -27,35 +27,28 @@ class Panel:
     values: np.ndarray
 
 
-@dataclass(frozen=True)
-class Scale:
-    """What the colours of all panels mean."""
-
-    label: str
-    colours: str
-    low: float
-    high: float
-
-
-def plot_classes(files: SweepFiles) -> None:
+def plot_classes(sweep: Sweep) -> Path:
     """Change of each class's accuracy against dense, in points, class x level, a panel a curve: *_classes.png."""
-    sweep = read_sweep(files)
     names = sweep.header["data"]["classes"]
+
+    def changes(row: Row) -> np.ndarray:
+        pair = sweep.predictions[row.key], sweep.dense[row.checkpoint]
+        found, dense = (class_accuracy(predictions, sweep.labels, len(names)) for predictions in pair)
+        return 100 * (found - dense)
+
     panels = []
     for curve, levels in sweep.curves().items():
-        columns = [_mean([_class_changes(sweep, row, len(names)) for row in rows]) for rows in levels.values()]
-        panels.append(Panel(curve_name(curve), names, list(levels), _matrix(columns, len(names))))
-    figure = _draw(panels, _around_zero(panels, "change of accuracy against dense (points)"), numbers=len(names) <= 25)
-    set_title(figure, sweep.header["title"], "accuracy of each class" + _left_out(panels))
-    save_figure(figure, files.with_suffix("_classes.png"))
+        columns = [np.mean([changes(row) for row in rows], axis=0) for rows in levels.values()]
+        panels.append(HeatMap(curve_name(curve), names, list(levels), np.transpose(columns)))
+    path = sweep.files.with_suffix("_classes.png")
+    return _plot(sweep, path, "accuracy of each class", panels, numbers=len(names) <= 25)
 
 
-def plot_layers(files: SweepFiles) -> None:
+def plot_layers(sweep: Sweep) -> Path:
     """Share of zeros in each layer, layer x level, a panel for each criterion and allocation: *_layers.png.
 
     Rows that differ in their recovery alone are of the same masks and share a panel, except in an iterative sweep.
     """
-    sweep = read_sweep(files)
     weights = np.array(list(sweep.layers.values()))
     iterative = sweep.header["settings"].get("schedule", "oneshot") != "oneshot"
     groups: dict[str, dict[float, list[np.ndarray]]] = {}
@@ -64,162 +57,112 @@ def plot_layers(files: SweepFiles) -> None:
         for level, rows in levels.items():
             group.setdefault(level, []).extend(100 * sweep.zeros[row.key] / weights for row in rows)
     panels = []
-    for group, levels in groups.items():
-        columns = [_mean(levels[level]) for level in sorted(levels)]
-        panels.append(Panel(group, list(sweep.layers), sorted(levels), _matrix(columns, len(weights))))
-    figure = _draw(panels, Scale("zeros in the layer (%)", "viridis", 0, 100))
-    set_title(figure, sweep.header["title"], "share of zeros in each layer" + _left_out(panels))
-    save_figure(figure, files.with_suffix("_layers.png"))
+    for title, group in groups.items():
+        columns = [np.mean(group[level], axis=0) for level in sorted(group)]
+        panels.append(HeatMap(title, list(sweep.layers), sorted(group), np.transpose(columns)))
+    return _plot(sweep, sweep.files.with_suffix("_layers.png"), "share of zeros in each layer", panels, shares=True)
 
 
-def plot_sensitivity(files: SweepFiles) -> None:
+def plot_sensitivity(files: SweepFiles) -> Path:
     """Change of accuracy against dense, in points, when one layer alone is pruned, layer x level: the sweep's .png.
 
-    Drawn are the rows whose allocation is "only LAYER", a panel for each criterion and recovery. Raises UserError when
-    there are none.
+    A panel for each criterion and recovery; its layers are in the order of the network.
     """
     sweep = read_sweep(files)
-    groups: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
+    dense = sweep.header["dense"]
+    groups: dict[str, dict[tuple[str, float], float]] = {}
     for curve, levels in sweep.curves().items():
-        if curve[1].startswith(ONE_LAYER):
-            changes = {level: _change(sweep, rows) for level, rows in levels.items()}
-            groups.setdefault((curve[0], curve[2]), {})[curve[1].removeprefix(ONE_LAYER)] = changes
-    if not groups:
-        raise UserError(f"{files.csv} holds no rows in which one layer alone is pruned")
-    panels = [_sensitivity_panel(sweep, *item) for item in groups.items()]
-    figure = _draw(panels, _around_zero(panels, "change of accuracy against dense (points)"), numbers=True)
-    set_title(figure, sweep.header["title"], "one layer pruned at a time" + _left_out(panels))
-    save_figure(figure, files.png)
+        layer = curve.allocation.removeprefix(ONE_LAYER)
+        group = groups.setdefault(curve.criterion + ("" if curve.recover == "none" else f" + {curve.recover}"), {})
+        for level, rows in levels.items():
+            group[layer, level] = np.mean([row.accuracy - dense[row.checkpoint]["accuracy"] for row in rows])
+    panels = []
+    for title, group in groups.items():
+        names = [name for name in sweep.layers if any(name == layer for layer, _ in group)]
+        levels = sorted({level for _, level in group})
+        values = [[group.get((name, level), math.nan) for level in levels] for name in names]
+        panels.append(HeatMap(title, names, levels, np.array(values)))
+    return _plot(sweep, files.png, "one layer pruned at a time", panels, numbers=True)
 
 
-def _sensitivity_panel(sweep: Sweep, kind: tuple[str, str], found: dict[str, dict[float, float]]) -> Panel:
-    """Layers in the order of the sweep, those it does not know after them."""
-    names = [name for name in sweep.layers if name in found] + [name for name in found if name not in sweep.layers]
-    levels = sorted({level for changes in found.values() for level in changes})
-    values = np.array([[found[name].get(level, math.nan) for level in levels] for name in names])
-    criterion, recover = kind
-    return Panel(criterion if recover == "none" else f"{criterion} + {recover}", names, levels, values)
+def _plot(
+    sweep: Sweep, path: Path, about: str, panels: list[HeatMap], numbers: bool = False, shares: bool = False
+) -> Path:
+    """Draw the panels as a grid with one colour bar, under the sweep's title and `about`.
 
-
-def _change(sweep: Sweep, rows: list[Row]) -> float:
-    """Accuracy minus that of dense in points, mean over checkpoints."""
-    pairs = [(sweep.correct(row), sweep.dense_correct(row.checkpoint)) for row in rows]
-    return float(np.mean([100 * (right.mean() - dense.mean()) for right, dense in pairs]))
-
-
-def _class_changes(sweep: Sweep, row: Row, classes: int) -> np.ndarray:
-    """Accuracy of each class minus that of dense in points, [classes]."""
-    found, dense = (
-        class_accuracy(predictions, sweep.labels, classes)
-        for predictions in (sweep.predictions[row.key], sweep.dense[row.checkpoint])
-    )
-    return 100 * (found - dense)
-
-
-def _mean(columns: list[np.ndarray]) -> np.ndarray:
-    return np.mean(columns, axis=0)
-
-
-def _matrix(columns: list[np.ndarray], height: int) -> np.ndarray:
-    """Columns side by side, [height, columns], also when there are none."""
-    return np.array(columns, dtype=float).reshape(-1, height).T
-
-
-def _around_zero(panels: list[Panel], label: str) -> Scale:
-    """Red where something is lost, blue where it is gained; the same scale both ways, so that white is no change."""
-    finite = [np.abs(panel.values[np.isfinite(panel.values)]).max(initial=0) for panel in panels]
-    limit = max(1.0, *finite, 0.0)
-    return Scale(label, "RdBu", -limit, limit)
-
-
-def _left_out(panels: list[Panel]) -> str:
-    return "" if len(panels) <= MOST_PANELS else f" (the first {MOST_PANELS} of {len(panels)} panels)"
-
-
-def _draw(panels: list[Panel], scale: Scale, numbers: bool = False) -> Figure:
-    """The panels as a grid with one colour bar; `numbers` asks for the values in the cells where they are legible."""
-    # A curve whose checkpoints have no level in common has nothing to show.
-    panels = [panel for panel in panels if panel.levels][:MOST_PANELS]
+    Values are changes of accuracy, or `shares` in percent; `numbers` asks for them in the cells that have the room.
+    """
+    # Red where accuracy is lost, blue where it is gained; the same scale both ways, so that white is no change.
+    highest = max([1.0, *(np.nanmax(np.abs(panel.values), initial=1.0) for panel in panels)])
+    look, label = {"cmap": "RdBu", "vmin": -highest, "vmax": highest}, "change of accuracy against dense (points)"
+    if shares:
+        look, label = {"cmap": "viridis", "vmin": 0, "vmax": 100}, "zeros in the layer (%)"
+    nothing = HeatMap("no level that all checkpoints have", [""], [0.0], np.full((1, 1), math.nan))
+    panels = [panel for panel in panels if panel.levels] or [nothing]
+    if len(panels) > MOST_PANELS:
+        about += f" (the first {MOST_PANELS} of {len(panels)} panels)"
+        panels = panels[:MOST_PANELS]
     grid = _grid(panels, numbers)
-    figure = Figure(figsize=(max(6.5, grid.size[0]), max(4.0, grid.size[1])), layout="constrained")
+    figure = Figure(figsize=grid.size, layout="constrained")
     places = figure.subplots(grid.rows, grid.columns, squeeze=False)
-    colours = colormaps[scale.colours].with_extremes(bad="#d9d9d9")
-    image = None
-    for index, axes in enumerate(places.flat):
-        if index >= len(panels):
-            axes.set_visible(False)
-            continue
-        panel = panels[index]
-        image = axes.imshow(panel.values, cmap=colours, vmin=scale.low, vmax=scale.high, aspect="auto")
+    for axes in places.flat[len(panels) :]:
+        axes.set_visible(False)
+    for index, (panel, axes) in enumerate(zip(panels, places.flat, strict=False)):
+        image = axes.imshow(panel.values, aspect="auto", **look)
+        axes.set_facecolor("#d9d9d9")  # where there is no value
         # The rows of all panels are the same ones as a rule; names then stand once, at the left.
-        first = index % grid.columns == 0 or panel.names != panels[index - 1].names
-        _label(axes, panel, grid, names=first)
-        if numbers and grid.cell_width >= 0.25:
-            _write_numbers(axes, panel, scale, font=min(8.0, 26 * grid.cell_width))
-    if image is None:
-        figure.text(0.5, 0.5, "no level that all checkpoints have", ha="center", fontsize=11)
-    else:
-        slender = max(20.0, figure.get_figheight() / 0.25)
-        figure.colorbar(image, ax=places, label=scale.label, fraction=0.05, pad=0.01, aspect=slender)
-    return figure
+        _label(axes, panel, grid, names=index % grid.columns == 0 or panel.names != panels[index - 1].names)
+        cell = grid.panel_width / len(panel.levels)
+        if numbers and cell >= 0.25:
+            _write_numbers(axes, panel.values, highest, font=min(8.0, 26 * cell))
+    slender = max(20.0, figure.get_figheight() / 0.25)
+    figure.colorbar(image, ax=places, label=label, fraction=0.05, pad=0.01, aspect=slender)
+    return style.save_figure(figure, path, sweep.header["title"], about)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """How panels are laid out; lengths in inches."""
+class Grid(NamedTuple):
+    """The layout of panels; lengths in inches."""
 
     rows: int
     columns: int
-    cell_height: float
-    cell_width: float
     panel_width: float
+    cell_height: float
     size: tuple[float, float]
 
 
-def _grid(panels: list[Panel], numbers: bool) -> Grid:
-    """The layout in at most four columns that comes nearest to a page on its side."""
-    grids = [_grid_of(panels, numbers, columns) for columns in range(1, min(4, max(1, len(panels))) + 1)]
+def _grid(panels: list[HeatMap], numbers: bool) -> Grid:
+    """The layout in at most four columns that comes nearest to a page on its side.
+
+    Cells are as large as legible text needs, as far as the picture stays below about 30 inches.
+    """
+    tallest, widest = np.max([panel.values.shape for panel in panels], axis=0)
+    longest = max(len(name) for panel in panels for name in panel.names)
+    grids = []
+    for columns in range(1, min(4, len(panels)) + 1):
+        rows = math.ceil(len(panels) / columns)
+        cell_height = min(0.26 if numbers else 0.15, 28 / rows / tallest)
+        panel_width = max(2.6, min(0.34 * widest, 8) if numbers else min(0.3 * widest, 3.4))
+        width = columns * panel_width + 1.6 + 0.07 * min(longest, 40)
+        height = rows * (max(1.2, cell_height * tallest) + 0.75) + 1.0
+        grids.append(Grid(rows, columns, panel_width, cell_height, (max(6.5, width), max(4.0, height))))
     return min(grids, key=lambda grid: abs(math.log(grid.size[0] / grid.size[1] / 1.3)))
 
 
-def _grid_of(panels: list[Panel], numbers: bool, columns: int) -> Grid:
-    """Cells are as large as legible text needs, as far as the picture stays below about 30 inches."""
-    tallest = max([1, *(len(panel.names) for panel in panels)])
-    widest = max([1, *(len(panel.levels) for panel in panels)])
-    longest = max([0, *(len(name) for panel in panels for name in panel.names)])
-    rows = max(1, math.ceil(len(panels) / columns))
-    height = min(0.26 if numbers else 0.15, 28 / rows / tallest)
-    width = min(0.34, 8 / widest) if numbers else min(0.3, 3.4 / widest)
-    panel_width = max(2.6, width * widest)
-    size = (
-        columns * panel_width + 1.6 + 0.07 * min(longest, 40),
-        rows * (max(1.2, height * tallest) + 0.75) + 1.0,
-    )
-    return Grid(rows, columns, height, panel_width / widest, panel_width, size)
-
-
-def _label(axes, panel: Panel, grid: Grid, names: bool) -> None:
-    """Title, levels below (as many as fit), names at the left."""
-    axes.set_title(wrapped(panel.title, int(12 * grid.panel_width)), fontsize=9)
-    step = max(1, math.ceil(len(panel.levels) * 0.3 / grid.panel_width))
-    ticks = range(0, len(panel.levels), step)
-    axes.set_xticks(ticks, [level_text(panel.levels[tick]) for tick in ticks], fontsize=7)
+def _label(axes: Axes, panel: HeatMap, grid: Grid, names: bool) -> None:
+    """Title, levels below and names at the left, as many as fit."""
+    axes.set_title(style.wrapped(panel.title, 12 * grid.panel_width), fontsize=9)
     axes.set_xlabel("pruned (%)", fontsize=8)  # of the weights, or of the filters
-    step = max(1, math.ceil(0.085 / grid.cell_height))
-    ticks = range(0, len(panel.names), step)
-    font = min(8.0, 72 * grid.cell_height * step * 0.85)
-    axes.set_yticks(ticks, [_shortened(panel.names[tick]) if names else "" for tick in ticks], fontsize=font)
+    levels = [level_text(level) for level in panel.levels]
+    step = math.ceil(len(levels) * 0.3 / grid.panel_width)
+    axes.set_xticks(range(0, len(levels), step), levels[::step], fontsize=7)
+    step = math.ceil(0.085 / grid.cell_height)
+    shown = [style.literal(name if len(name) <= 40 else name[:37] + "...") if names else "" for name in panel.names]
+    axes.set_yticks(range(0, len(shown), step), shown[::step], fontsize=min(8.0, 61 * grid.cell_height * step))
 
 
-def _shortened(name: str) -> str:
-    return literal(name if len(name) <= 40 else name[:37] + "...")
-
-
-def _write_numbers(axes, panel: Panel, scale: Scale, font: float) -> None:
-    for (row, column), value in np.ndenumerate(panel.values):
-        if math.isfinite(value):
-            # The ends of a diverging map are dark, its middle is white.
-            colour = "white" if abs(value) > 0.6 * scale.high else "black"
-            text = f"{value:+.0f}" if abs(value) >= 9.95 else f"{value:+.1f}"
-            text = "0" if abs(value) < 0.05 else text
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=font)
+def _write_numbers(axes: Axes, values: np.ndarray, highest: float, font: float) -> None:
+    for row, column in np.argwhere(np.isfinite(values)):
+        value = values[row, column]
+        colour = "white" if abs(value) > 0.6 * highest else "black"  # the ends of a diverging map are dark
+        text = "0" if abs(value) < 0.05 else f"{value:+.0f}" if abs(value) >= 9.95 else f"{value:+.1f}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=font)

@@ -1,0 +1,228 @@
+"""Figures, drawn from the data files alone: the values that they show, and pictures that can be read."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers import LABELS, ink, made_row, made_sweep
+
+from sparsity.figures import accuracy, heatmaps, savings, style, training
+from sparsity.results.record import HISTORY_COLUMNS, write_confusion, write_history
+from sparsity.results.rows import write_rows
+from sparsity.system.errors import UserError
+from sparsity.system.methods import Curve
+
+CHOICE = {"criterion": "l1", "allocation": "uniform", "recover": "none", "level": 40.0, "tolerance": 1.0}
+RECOVERIES = ("none", "batchnorm", "reconstruction", "finetune")
+WIDE = {"stem": 200, "down": 800}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are made, which are not drawn."""
+    made = []
+    keep = lambda figure, path, *title: made.append(figure) or figure.suptitle(title[-1])  # noqa: E731
+    monkeypatch.setattr(style, "save_figure", keep)
+    return made
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """Have the heat maps return their panels instead of drawing them."""
+    monkeypatch.setattr(heatmaps, "_plot", lambda sweep, path, about, panels, **more: panels)
+
+
+def saved(sweep):
+    """The files of a sweep that is on disk."""
+    sweep.record("title", "a title")
+    sweep._write()
+    return sweep.files
+
+
+def layer_rows(names, levels):
+    return [made_row(level, curve=("l1", f"only {name}", "none")) for name in names for level in levels]
+
+
+def test_a_sweep_is_drawn_from_its_files_the_same_each_time(files):
+    rows = [made_row(level, name) for name in ("one.pth", "two.pth") for level in (0.0, 40.0, 100.0)]
+    sweep = made_sweep(files, rows, summary=[CHOICE])
+    written = accuracy.plot_all(saved(sweep))
+    parts = ("", "_tradeoff", "_classes", "_layers", "_savings")
+    assert [path.name for path in written] == [f"net_pruning{part}.png" for part in parts]
+    for path in written:
+        width, height, share = ink(path)
+        assert width >= 800 and height >= 500 and share > 0.02
+    first = files.png.read_bytes()
+    accuracy.plot_sweep(sweep)
+    assert files.png.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [made_row(0.0), made_row(40.0, "two.pth")],  # no level that both checkpoints have
+        [replace(made_row(100.0), compression=math.inf, macs_ratio=math.inf)],  # an empty network
+    ],
+)
+def test_a_sweep_with_nothing_to_show_is_drawn_and_its_long_title_stays_in_the_picture(files, rows):
+    sweep = made_sweep(files, rows, title="$x_{" + "long " * 60 + "w" * 300)
+    for plot in (accuracy.plot_sweep, savings.plot_tradeoff, heatmaps.plot_classes, savings.plot_savings):
+        assert ink(plot(sweep))[2] > 0.003
+
+
+def test_many_curves_fit_in_the_picture_and_those_of_the_same_masks_share_a_colour_and_differ_in_their_lines(files):
+    curves = [Curve(f"criterion{index // 4}", "uniform", RECOVERIES[index % 4]) for index in range(44)]
+    rows = [made_row(level, curve=curve) for curve in curves for level in (0.0, 40.0)]
+    width, height, _ = ink(accuracy.plot_sweep(made_sweep(files, rows)))
+    assert width >= 1200 and height >= 800
+    styles = style.curve_styles(curves)
+    looks = {curve: (look["color"], look["marker"]) for curve, look in styles.items()}
+    assert all((looks[one] == looks[other]) == (one[:2] == other[:2]) for one in curves for other in curves)
+    assert len({tuple(map(str, look.values())) for look in styles.values()}) == len(curves)
+
+
+def test_the_names_stand_in_the_order_in_which_the_curves_fall_and_no_line_leads_to_them(files, figures):
+    paths = {
+        "early": [(0.0, 90.0), (40.0, 10.0)],
+        "late": [(0.0, 90.0), (40.0, 80.0), (90.0, 10.0)],
+        "short and good": [(80.0, 88.0), (95.0, 85.0)],
+        "short": [(80.0, 88.0), (95.0, 75.0)],
+        "lost": [(5.0, 20.0), (40.0, 10.0)],
+    }
+    points = [((name, "uniform", "none"), *pair) for name, pairs in paths.items() for pair in pairs]
+    rows = [replace(made_row(x, curve=curve), sparsity=x, accuracy=y) for curve, x, y in points]
+    accuracy.plot_sweep(made_sweep(files, rows))
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"{name} uniform" for name in ("short and good", "short", "late", "early", "lost")
+    ]
+    assert all(0 <= x <= 100 for line in figures[0].axes[0].get_lines() for x in line.get_xdata())
+
+
+def test_the_line_is_the_mean_over_checkpoints_and_the_chosen_level_has_a_ring(files, figures):
+    more = {"one.pth": 10, "two.pth": 20}
+    rows = [replace(made_row(level, name), accuracy=level + more[name]) for level in (0.0, 40.0) for name in more]
+    for level in (40.0, None, 60.0):  # the last one of a run with other levels
+        accuracy.plot_sweep(made_sweep(files, rows, summary=[CHOICE | {"level": level}]))
+    assert figures[0].axes[0].get_lines()[0].get_ydata().tolist() == [15, 55]
+    rings = [line for figure in figures for line in figure.axes[0].get_lines() if line.get_markersize() == 11]
+    assert [ring.get_xydata().tolist() for ring in rings] == [[[10.5, 55]]]
+
+
+def test_networks_with_next_to_no_weights_have_no_ratio_to_draw(files, figures):
+    ratios = [(0.0, 1, 1), (50.0, 2, 3), (90.0, 1000, 9), (99.0, 1001, 999), (100.0, math.inf, math.inf)]
+    rows = [replace(made_row(level), compression=weights, macs_ratio=macs) for level, weights, macs in ratios]
+    savings.plot_tradeoff(made_sweep(files, rows))
+    found = [axes.get_lines()[0].get_xdata().tolist() for axes in figures[0].axes]
+    assert found == [[1, 2, 1000], [1, 3, 9]]
+    points = [(1, 10), (2, 30), (2, 20), (3, 30), (4, 29), (5, 50), (1, 10)]
+    assert savings.pareto(points) == [(1, 10), (2, 30), (5, 50)] and savings.pareto([]) == []
+
+
+def test_savings_in_words_are_those_of_the_rows_and_nothing_is_said_where_nothing_was_measured(files):
+    rows = [replace(made_row(level), speedup=speed) for level, speed in ((0.0, 0.9), (50.0, 1.0), (90.0, 1.2))]
+    (masks,) = savings.savings_lines(made_sweep(files, rows))
+    assert "l1 uniform: 1.00x the throughput of dense (0.90x to 1.20x over the levels)" in masks
+    rows[-1] = replace(rows[-1], notes="sparse arithmetic in 20 of 20 convolutions", macs_ratio=3.0)
+    filters = replace(made_row(50.0, curve=("filter_l1", "uniform", "none")), speedup=1.5)
+    entry = {"file": "net.npz", "bytes": 12_345, "precision": "fp16", "bits_a_weight": 4.0, "entropy_and_values": 3.9}
+    thin, masks, sparse, file = savings.savings_lines(made_sweep(files, [*rows, filters], exports={"key": entry}))
+    assert "0.95x the throughput of dense (0.90x to 1.00x over the levels)" in masks
+    assert sparse.endswith("throughput with sparse kernels against dense, 90 %: 1.20x for 3.00x fewer multiply-adds")
+    assert "throughput of the smaller network against dense, 50 %: 1.50x" in thin
+    size = "net.npz: 12,345 bytes (fp16), 4.00 bits a prunable weight (mask entropy and raw values: 3.90"
+    assert file.startswith(size)
+    unmeasured = made_sweep(files, [replace(made_row(0.0), file_bytes=None, latency_ms=None, speedup=None)])
+    picture = files.with_suffix("_savings.png")
+    picture.write_bytes(b"of rows that were measured again")
+    assert savings.savings_lines(unmeasured) == [] and savings.plot_savings(unmeasured) is None
+    assert not picture.exists()
+
+
+def control(name, accuracy, **columns):
+    row = made_row(0.0, f"{name}.pth", ("dense", name, "none"), notes="cifar10, epochs 8")
+    return replace(row, accuracy=accuracy, **columns)
+
+
+def test_controls_stand_beside_the_curves_in_every_panel_that_was_measured(files, figures):
+    rows = [replace(made_row(level), latency_ms=None) for level in (0.0, 40.0)]
+    write_rows(files.controls, [control("resnet18", 90.0, macs_ratio=4.0, file_bytes=5_000_000, latency_ms=None)])
+    savings.plot_savings(made_sweep(files, rows))
+    sizes, macs = figures[0].axes  # no latency
+    for axes, curve, x in ((sizes, [1e-6, 1e-6], 5), (macs, [8, 8], 2)):
+        one, other, front, *_ = axes.get_lines()
+        assert (one.get_xdata().tolist(), other.get_xydata().tolist()) == (curve, [[x, 90]])
+        assert min(front.get_xdata()) == min(*curve, x)
+        assert axes.texts[0].get_text() == "resnet18"
+    assert "Controls (resnet18): cifar10, epochs 8." in figures[0].legends[0].get_title().get_text()
+
+
+def test_names_of_controls_stay_in_the_picture_and_a_damaged_table_of_them_is_told(files):
+    sweep = made_sweep(files, [made_row(0.0), made_row(40.0)])
+    write_rows(files.controls, [control(f"{size} and its long name", 50.0, file_bytes=size) for size in (1, 10**7)])
+    width, height, _ = ink(savings.plot_savings(sweep))
+    assert width > height >= 600
+    files.controls.write_text("checkpoint,accuracy\na,1\n")
+    with pytest.raises(UserError, match=r"net_pruning_controls.csv cannot be read"):
+        savings.plot_savings(sweep)
+
+
+def test_the_change_of_a_class_is_its_accuracy_minus_that_of_dense(files, panels):
+    sweep = made_sweep(files, [made_row(level, name) for level in (0.0, 40.0) for name in ("one.pth", "two.pth")])
+    sweep.dense["two.pth"] = np.full(40, 3)
+    (panel,) = heatmaps.plot_classes(sweep)
+    assert (panel.names, panel.levels) == (list("abcd"), [0, 40])
+    # At 0 % everything is right, at 40 % nothing, which is no change where the dense network is wrong.
+    assert panel.values.T.tolist() == [[50, 50, 50, 0], [-50, -50, -50, -100]]
+
+
+def test_curves_of_the_same_masks_share_a_panel_of_zeros(files, panels):
+    rows = [made_row(level, curve=("l1", "global", how)) for level in (0.0, 50.0) for how in ("none", "batchnorm")]
+    sweep = made_sweep(files, rows, WIDE)
+    sweep.zeros = {row.key: np.array([2, 8]) * int(row.level) for row in rows}
+    (panel,) = heatmaps.plot_layers(sweep)
+    assert (panel.title, panel.names, panel.values.tolist()) == ("l1 global", list(WIDE), [[0, 50], [0, 50]])
+    sweep.header["settings"]["schedule"] = "iterative 0,50"  # a recovery decides on the masks of the next level
+    assert [panel.title for panel in heatmaps.plot_layers(sweep)] == ["l1 global + batchnorm", "l1 global"]
+
+
+def test_sensitivity_has_the_layers_in_the_order_of_the_network_and_gaps(files, panels):
+    rows = [replace(row, accuracy=100 - row.level) for row in layer_rows("zm", (50.0, 90.0))]
+    sweep = made_sweep(files, [rows[2], rows[0], rows[1]], {"z": 100, "a": 100, "m": 100})
+    (panel,) = heatmaps.plot_sensitivity(saved(sweep))
+    assert (panel.title, panel.names, panel.levels) == ("l1", ["z", "m"], [50.0, 90.0])
+    assert np.array_equal(panel.values, [[-50, -90], [-50, math.nan]], equal_nan=True)
+
+
+def test_the_sensitivity_of_many_layers_is_tall_enough_to_read_and_no_change_is_white(files, figures):
+    layers = {f"layer{index}.conv": 100 for index in range(53)}
+    heatmaps.plot_sensitivity(saved(made_sweep(files, layer_rows(layers, (40.0,)), layers)))
+    assert figures[0].get_figheight() > 53 / 10
+    assert figures[0].axes[0].images[0].get_clim() == (-100, 100)
+
+
+@pytest.mark.parametrize("classes", [1, 10, 30])
+def test_any_number_of_classes_and_a_training_of_one_epoch(files, tmp_path, classes):
+    names = [f"$class_{{{index}" for index in range(classes)]  # which matplotlib would take for a broken formula
+    sweep = made_sweep(files, [made_row(0.0), made_row(40.0)], data={"classes": names})
+    sweep.labels = np.where(classes > LABELS, LABELS, 0)  # classes without images have no accuracy to change
+    width, height, _ = ink(heatmaps.plot_classes(sweep))
+    assert min(width, height) >= 500 and height > 10 * classes
+    table, picture = tmp_path / "t.csv", tmp_path / "t.png"
+    write_confusion(table, names, sweep.labels, np.zeros(40, dtype=np.int64))
+    training.plot_confusion(table, picture, "title")
+    assert min(ink(picture)[:2]) >= 800
+    write_history(table, [dict(zip(HISTORY_COLUMNS, (1, 0.1, 2.0, 30.0, 2.1, 40.0, 5.0), strict=True))])
+    training.plot_training(table, picture, "title")
+    assert ink(picture)[2] > 0.02
+
+
+def test_panels_are_laid_out_like_a_page_and_of_many_the_first_are_drawn_which_the_title_says(files, figures):
+    for curves in (1, 4, 10, 14):
+        names = [(f"criterion{index}", "uniform", "none") for index in range(curves)]
+        rows = [made_row(float(level), curve=curve) for curve in names for level in range(21)]
+        heatmaps.plot_layers(made_sweep(files, rows))
+        assert len([axes for axes in figures[-1].axes if axes.get_title()]) == min(curves, 12)
+        assert 0.4 < figures[-1].get_figwidth() / figures[-1].get_figheight() < 4
+    assert figures[-1].get_suptitle().endswith("(the first 12 of 14 panels)")
