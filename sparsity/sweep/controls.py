@@ -1,61 +1,30 @@
-"""Controls: dense networks that are simply smaller, measured as pruned ones are, on the same images."""
+"""Controls: dense networks that are simply smaller, measured as a level of the sweep is, on the same images."""
 
-import csv
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsity.data.images import Split
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import evaluate
+from sparsity.networks.families import load_network
 from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import census, positions_per_image
-from sparsity.results.rows import MEASURED, accuracy_columns
-from sparsity.sweep.export import ExportFiles
-from sparsity.sweep.timing import Stopwatch
+from sparsity.networks.layers import census, positions_per_image, prunable_layers
+from sparsity.results.rows import Row, read_rows, write_rows
+from sparsity.sweep.export import Exporter
+from sparsity.sweep.inputs import distinct_names
+from sparsity.sweep.level import Evaluator, PrunedNetwork
+from sparsity.sweep.timing import Timer
 from sparsity.system.errors import UserError, one_line
-from sparsity.system.files import write_csv
-
-PRUNED = 0.01  # share of zeros from which on weights are not those of a training
-
+from sparsity.system.methods import Curve
 
 RECIPE = ("epochs", "optimizer", "batch_size", "learning_rate", "momentum", "weight_decay", "T_max")
 
 
-@dataclass(frozen=True)
-class Control:
-    """A line of the controls' table: `macs` for one image, the other columns as in the rows of a sweep.
-
-    `images` tells what accuracy was measured on, and how, `file_kind` the precision and format of the file.
-    """
-
-    checkpoint: str
-    sha256: str
-    images: str
-    network: str
-    recipe: str
-    parameters: int
-    macs: int
-    accuracy: float
-    ci_low: float
-    ci_high: float
-    file_kind: str = ""
-    file_bytes: int | None = None
-    latency_ms: float | None = None
-    throughput: float | None = None
-    peak_memory_mb: float | None = None
-    speedup: float | None = None
-
-
-COLUMNS = tuple(field.name for field in fields(Control))
-
-
-def recipe_of(saved: Checkpoint) -> str:
+def recipe_words(saved: Checkpoint) -> str:
     """How a network was trained, in words; 'unknown' where its file does not tell."""
     if not set(RECIPE) <= saved.settings.keys():
         return "unknown"
@@ -70,30 +39,10 @@ def network_name(spec: dict[str, Any]) -> str:
     return f"{spec['arch']}{width}" + (" thin" if spec.get("widths") else "")
 
 
-@dataclass(frozen=True)
-class ControlBench:
-    """What controls are measured with; `files` and `watch` are None where nobody asked for sizes or times."""
-
-    table: Path
-    test: Split
-    batch_size: int
-    dtype: torch.dtype
-    files: ExportFiles | None
-    watch: Stopwatch | None
-
-
-def require_comparable(
-    paths: list[Path], load: Callable[[Path], tuple[Checkpoint, nn.Module]], main: Checkpoint
-) -> None:
-    """UserError unless each control can be read, is dense, and was trained for the images that `main` is tested on."""
-    hashes: dict[str, Path] = {}
+def require_comparable(paths: list[Path], main: Checkpoint) -> None:
+    """UserError unless each control can be read and was trained for the images that `main` is tested on."""
     for path in paths:
-        saved, _ = load(path)
-        if hashes.setdefault(saved.sha256, path) is not path:
-            raise UserError(f"--controls {path} is the same as {hashes[saved.sha256]}; name each one once")
-        zeros = sum(int((value == 0).sum()) for value in saved.net.values() if value.dim() > 1)
-        if zeros > PRUNED * sum(value.numel() for value in saved.net.values() if value.dim() > 1):
-            raise UserError(f"--controls {path} is pruned; a control is a dense network")
+        saved, _ = load_network(path)
         alike = saved.model["num_classes"] == main.model["num_classes"]
         if saved.data and main.data:
             keys = ("image_size", "mean", "std", "classes")
@@ -102,82 +51,51 @@ def require_comparable(
             raise UserError(f"--controls {path} was trained on other images than {main.path}; compare like with like")
 
 
-def measure_controls(
-    bench: ControlBench, paths: list[Path], load: Callable[[Path], tuple[Checkpoint, nn.Module]]
-) -> list[Control]:
-    """Measure each checkpoint and write its line when it is finished; complete lines of it are kept, others dropped."""
-    there = {control.sha256: control for control in read_controls(bench.table)}
-    done: list[Control] = []
-    for path in paths:
-        saved, network = load(path)
-        control = there.get(saved.sha256)
-        if control is None or _lacks(bench, control):
-            control = _measure(bench, path, saved, network)
-            print(f"control {control.network}: accuracy {control.accuracy:.2f} %", flush=True)
-        done.append(control)
-        write_csv(bench.table, COLUMNS, map(asdict, done))
-    return done
+def measure_controls(paths: list[Path], evaluator: Evaluator, dense: nn.Module) -> None:
+    """Evaluate each control and write its row to the controls' CSV when it is finished; rows that are there are kept.
+
+    The CSV has the columns of the sweep's: the criterion is `dense`, the allocation names the network, the notes tell
+    how it was trained. A control is compared with the sweep's first checkpoint, whose network is `dense`: lost and
+    gained images, speed-up, and in `macs_ratio` and `compression` how many times smaller it is.
+    """
+    if not paths:
+        return
+    sweep, files = evaluator.sweep, [extra.files for extra in evaluator.extras if isinstance(extra, Exporter)]
+    timers = [extra for extra in evaluator.extras if isinstance(extra, Timer)]
+    evaluator.begin(next(iter(sweep.header["checkpoints"])), dense.to(evaluator.test.images.device))
+    rows = {row.key: row for row in read_rows(sweep.files.controls)}
+    for name, path in zip(distinct_names(paths), paths, strict=True):
+        saved, network = load_network(path)
+        curve = Curve("dense", network_name(saved.model), "none")
+        control = PrunedNetwork(saved, name, curve, 0.0, network, [recipe_words(saved)], time.perf_counter())
+        row, known = rows.get(control.key), sweep.header.get("controls", {}).get(control.key, {})
+        if row is None or known.get("sha256") != saved.sha256:
+            row, known = _evaluate(evaluator, control), {"sha256": saved.sha256}
+            print(f"control {name}, {curve.allocation}: accuracy {row.accuracy:.2f} %", flush=True)
+        for export in files:
+            file = export.path(("control", path.stem, saved.sha256[:8]), 0)
+            wanted = {"file": str(file), "precision": export.precision}
+            if known | wanted != known or not file.is_file():
+                export.write(file, {"net": saved.net, "epoch": saved.epoch, "model": saved.model})
+                row, known = replace(row, file_bytes=file.stat().st_size), known | wanted
+        for timer in timers:
+            if timer.lacks(row):
+                row = replace(row, **timer.columns(timer.copy(network)))
+        rows[control.key] = row
+        write_rows(sweep.files.controls, rows.values())
+        sweep.merge("controls", {control.key: known})
 
 
-def read_controls(table: Path) -> list[Control]:
-    """The lines of a table of controls, none where there is no table. Raises UserError when it cannot be read."""
-    if not table.exists():
-        return []
-    try:
-        with table.open(newline="") as file:
-            return [_parse(line) for line in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise UserError(
-            f"{table} cannot be read ({one_line(error)[:120]}); remove it, and it is measured again"
-        ) from error
-
-
-def _parse(line: dict[str, str]) -> Control:
-    kinds = {field.name: field.type for field in fields(Control)} | MEASURED
-    if None in line or None in line.values():
-        raise ValueError("a line has another number of columns than the first")
-    values = {name: kinds[name](line[name]) for name in COLUMNS if name not in MEASURED or line[name]}
-    if not all(math.isfinite(value) for value in values.values() if isinstance(value, int | float)):
-        raise ValueError("a figure is not a number")
-    return Control(**values)
-
-
-def _images(bench: ControlBench) -> str:
-    return f"{len(bench.test)} {bench.test.hash()[:16]} {bench.dtype}"
-
-
-def _kind(files: ExportFiles) -> str:
-    return f"{files.precision} {files.form}"
-
-
-def _lacks(bench: ControlBench, control: Control) -> bool:
-    if control.images != _images(bench):
-        return True
-    no_file = bench.files is not None and control.file_kind != _kind(bench.files)
-    return no_file or (bench.watch is not None and control.throughput is None)
-
-
-def _measure(bench: ControlBench, path: Path, saved: Checkpoint, network: nn.Module) -> Control:
-    """Accuracy, counts, and as far as wanted bytes and times of one network."""
-    size = bench.test.images.shape[-1]
-    counts = census(network, {}, positions_per_image(network, torch.zeros(1, 3, size, size)))
-    inference = inference_copy(network.to(bench.test.images.device), bench.dtype)
-    result = evaluate(inference, bench.test, bench.batch_size)
-    measured: dict[str, Any] = {}
-    if bench.files:
-        file = bench.files.path(("control", path.stem, saved.sha256[:8]), 0)
-        bench.files.write(file, {"net": saved.net, "epoch": saved.epoch, "model": saved.model})
-        measured |= {"file_kind": _kind(bench.files), "file_bytes": file.stat().st_size}
-    if bench.watch:
-        measured |= bench.watch.columns(inference)
-    return Control(
-        path.name,
-        saved.sha256,
-        _images(bench),
-        network_name(saved.model),
-        recipe_of(saved),
-        counts.parameters,
-        counts.macs,
-        **accuracy_columns(result.correct, result.total),
-        **measured,
-    )
+def _evaluate(evaluator: Evaluator, control: PrunedNetwork) -> Row:
+    """The row of a control, without its bytes and times."""
+    sweep, test, model = evaluator.sweep, evaluator.test, control.model
+    example = torch.zeros(1, *test.images.shape[1:])
+    layers, positions = prunable_layers(model, example), positions_per_image(model, example)
+    inference = inference_copy(model.to(test.images.device), next(evaluator.inference.parameters()).dtype)
+    result = evaluate(inference, test, evaluator.batch_size)
+    main = next(iter(sweep.header["checkpoints"]))
+    own = replace(evaluator, inference=inference, positions=positions, layers=tuple(layers))
+    row, _ = own.row(replace(control, checkpoint=main), result)
+    dense, macs = sweep.header["dense"][main], census(model, {}, positions).macs
+    compression, macs_ratio = round(dense["parameters"] / row.parameters, 6), round(dense["macs"] / macs, 6)
+    return replace(row, checkpoint=control.checkpoint, compression=compression, macs_ratio=macs_ratio)

@@ -1,26 +1,83 @@
-"""The images that a checkpoint is tested on, and the training images that calibration and fine-tuning read."""
+"""The inputs of a sweep: checkpoints, test images, calibration images, training images for fine-tuning."""
 
-import math
-from collections.abc import Callable, Iterable
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsity.data.calibration import Calibration, draw_calibration
 from sparsity.data.images import CIFAR10_STATISTICS, CIFAR100_STATISTICS, Split, class_balanced_order
-from sparsity.data.sources import DATASETS, Source, default_image_size, load_split
-from sparsity.networks.checkpoint import Checkpoint
-from sparsity.prune.criteria import NEEDS_CALIBRATION, READS_LABELS
-from sparsity.recover import NEED_CALIBRATION, NEED_TRAINING
-from sparsity.recover.finetune import Finetuning, rewound_rates
-from sparsity.results.rows import Curve
+from sparsity.data.sources import Source, load_split
+from sparsity.networks.checkpoint import Checkpoint, newest
+from sparsity.networks.families import load_network
+from sparsity.recover.finetune import rewound_rates
+from sparsity.sweep.flags import CALIBRATION_IMAGES
+from sparsity.sweep.work import Panel
+from sparsity.system import processes
 from sparsity.system.errors import UserError
+from sparsity.system.flags import DATASETS
+from sparsity.system.machine import DTYPES
 
-DEFAULT_CALIBRATION = 2048
-
-
+# Settings of a training that checkpoints of one experiment, which differ in their seeds, have in common.
+RECIPE = ("epochs", "recipe", "optimizer", "learning_rate", "batch_size", "momentum", "weight_decay", "T_max")
 REFERENCE_TRAINING = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4}  # where a checkpoint tells no other
+
+
+def finetuning_rates(args: argparse.Namespace, saved: Checkpoint) -> tuple[float, ...]:
+    """The learning rate of each epoch; for 'rewind' those of the last epochs of the checkpoint's training."""
+    rate, epochs, told = args.finetune_learning_rate, args.finetune_epochs, saved.settings
+    if rate != "rewind":
+        return (rate,) * epochs
+    if not saved.epoch or not {"learning_rate", "T_max"} <= told.keys():
+        raise UserError(
+            f"{saved.path} does not tell the learning rates of its training; give --finetune_learning_rate a number"
+        )
+    rates = rewound_rates(told["learning_rate"], told["T_max"], saved.epoch, epochs, told.get("warmup_epochs", 0))
+    if not any(rates):
+        raise UserError(f"{saved.path}: the last learning rates of its training are 0; use more --finetune_epochs")
+    return rates
+
+
+def training_recipe(saved: Checkpoint) -> dict[str, Any]:
+    """Batch size, momentum and weight decay of a checkpoint's training, the study's where it does not tell them."""
+    return {key: saved.settings.get(key, usual) for key, usual in REFERENCE_TRAINING.items()}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The checkpoints of a sweep (`described` as from `describe_checkpoints`) and its test images.
+
+    `saved` and `dense` are the first checkpoint and its network, on the CPU, which stands for the others in all but
+    its weights.
+    """
+
+    paths: list[Path]
+    described: dict[str, dict[str, Any]]
+    saved: Checkpoint
+    dense: nn.Module
+    source: Source
+    test: Split
+    classes: list[str]
+
+    @property
+    def example(self) -> torch.Tensor:
+        """A blank image [1, 3, S, S] of the size of the test images."""
+        return torch.zeros(1, 3, self.source.image_size, self.source.image_size)
+
+
+def load_inputs(args: argparse.Namespace) -> Inputs:
+    """Read the checkpoints and the test images that the flags name; UserError where they cannot be swept together."""
+    paths = args.checkpoint or [newest(args.checkpoint_dir)]
+    described = describe_checkpoints(args, paths)
+    saved, dense = load_network(paths[0])
+    source = find_source(saved, args.dataset, args.data_dir)
+    with processes.first_alone():  # images may have to be downloaded
+        test, classes = load_test_images(source, saved, args.max_test_images)
+    return Inputs(paths, described, saved, dense, source, test, classes)
 
 
 def find_source(saved: Checkpoint, dataset: str | None, data_dir: Path | None) -> Source:
@@ -32,7 +89,7 @@ def find_source(saved: Checkpoint, dataset: str | None, data_dir: Path | None) -
     if not data:
         print(f"{saved.path} has no metadata: images of {dataset} are normalised with the usual constants of CIFAR")
     folder = data_dir or Path(data.get("data_dir", "datasets"))
-    return Source(dataset, folder, data.get("image_size") or default_image_size(dataset))
+    return Source(dataset, folder, data.get("image_size") or DATASETS[dataset])
 
 
 def load_test_images(source: Source, saved: Checkpoint, max_images: int | None) -> tuple[Split, list[str]]:
@@ -47,66 +104,75 @@ def load_test_images(source: Source, saved: Checkpoint, max_images: int | None) 
     return test, classes
 
 
-def output_name(name: str | None, source: Source, spec: dict) -> str:
-    """The stem of the outputs; that images are synthetic is always in it."""
-    name = name or f"{source.name}_{spec['arch']}"
-    return name if source.dataset != "synthetic" or "synthetic" in name else f"synthetic_{name}"
+def load_training_images(
+    args: argparse.Namespace, given: Inputs, panels: Iterable[Panel]
+) -> tuple[Calibration | None, Split | None]:
+    """Calibration images, and the labelled training images of fine-tuning; each only if a curve of `panels` needs it.
+
+    Both are on the sweep's device.
+    """
+    device, asked = torch.device(args.device), args.calibration_images
+    curves = {curve for panel in panels for curve in panel}
+    calibrated, tuned = any(curve.needs_calibration for curve in curves), any(curve.trains for curve in curves)
+    if not calibrated and not tuned:
+        return None, None
+    with processes.first_alone():
+        train, _ = _load(given.source, given.saved, train=True)
+    calibration = None
+    if calibrated:
+        if asked and asked > len(train):
+            raise UserError(f"--calibration_images {asked} is more than the {len(train)} images of the training split")
+        if any(curve.criterion == "gradient" for curve in curves):
+            print("the criterion gradient reads the labels of the calibration images")
+        count = min(asked or CALIBRATION_IMAGES, len(train))
+        calibration = draw_calibration(train, count, args.seed, device, DTYPES[args.precision])
+    if not tuned:
+        return calibration, None
+    print(f"fine-tuning reads the labels of {len(train):,} training images")
+    return calibration, train.to(device)
 
 
-def describe_data(source: Source, test: Split, classes: list[str]) -> dict[str, Any]:
-    """What a sweep's JSON tells of its images."""
-    return {
-        "dataset": source.name,
-        "image_size": source.image_size,
-        "mean": list(test.mean),
-        "std": list(test.std),
-        "classes": classes,
-        "test_sha256": test.hash(),
-    }
-
-
-def needs_calibration(curves: Iterable[Curve]) -> bool:
-    """Whether a criterion or recovery among `curves` looks at calibration images."""
-    return any(criterion in NEEDS_CALIBRATION or recover in NEED_CALIBRATION for criterion, _, recover in curves)
-
-
-def needs_training(curves: Iterable[Curve]) -> bool:
-    """Whether a recovery among `curves` trains."""
-    return any(recover in NEED_TRAINING for _, _, recover in curves)
-
-
-def finetuning_rates(saved: Checkpoint, rate: float | str, epochs: int) -> tuple[float, ...]:
-    """The learning rate of each epoch of fine-tuning: `rate`, or for 'rewind' those of the last epochs of training."""
-    if rate != "rewind":
-        return (rate,) * epochs
-    first, t_max = saved.settings.get("learning_rate"), saved.settings.get("T_max")
-    warmup = saved.settings.get("warmup_epochs", 0)
-    whole = all(isinstance(value, int) for value in (t_max, warmup))
-    if not isinstance(first, float) or not whole or not saved.epoch or t_max < 1 or warmup < 0 or not first > 0:
+def _load(source: Source, saved: Checkpoint, train: bool) -> tuple[Split, list[str]]:
+    """A split, normalised as the checkpoint was trained; UserError unless both tell the same classes apart."""
+    data, num_classes = saved.data, saved.model["num_classes"]
+    usual = CIFAR100_STATISTICS if source.dataset == "cifar100" else CIFAR10_STATISTICS
+    statistics = (tuple(data["mean"]), tuple(data["std"])) if data else usual
+    split, classes = load_split(source, train, statistics)
+    if len(classes) != num_classes:
+        raise UserError(f"{saved.path} tells {num_classes} classes apart, {source.name} has {len(classes)}")
+    if data and data["classes"] != classes:
+        pairs = zip(data["classes"], classes, strict=False)
+        differing = next((pair for pair in pairs if pair[0] != pair[1]), ("fewer", "more"))
         raise UserError(
-            f"{saved.path} does not tell the learning rates of its training; give --finetune_learning_rate a number"
+            f"{saved.path} was trained on other classes than {source.name} has: {' against '.join(differing)}"
         )
-    rates = rewound_rates(first, t_max, saved.epoch, epochs, warmup)
-    if not any(rates):
-        raise UserError(f"{saved.path}: the last learning rates of its training are 0; use more --finetune_epochs")
-    return rates
+    return split, classes
 
 
-def training_recipe(saved: Checkpoint) -> dict[str, Any]:
-    """Batch size, momentum and weight decay of a checkpoint's training, the study's where it does not tell them."""
-    recipe = dict(REFERENCE_TRAINING)
-    for key, usual in REFERENCE_TRAINING.items():
-        value = saved.settings.get(key, usual)
-        sound = isinstance(value, type(usual)) and math.isfinite(value) and value >= (1 if key == "batch_size" else 0)
-        if not sound:
-            raise UserError(f"{saved.path} was trained with {key} {value!r}, which cannot be; the file is damaged")
-        recipe[key] = value
-    return recipe
+def describe_checkpoints(args: argparse.Namespace, paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """Name -> hash and epoch of every checkpoint, after making sure that all can be read and belong together.
 
-
-def finetuning(saved: Checkpoint, train: Split, rate: float | str, epochs: int, dtype: torch.dtype) -> Finetuning:
-    """Fine-tuning of one checkpoint on `train`, as it was trained as far as it tells."""
-    return Finetuning(train, finetuning_rates(saved, rate, epochs), **training_recipe(saved), dtype=dtype)
+    Says in which settings, beside the seed, their trainings differ.
+    """
+    described: dict[str, dict[str, Any]] = {}
+    alike, trained = [], []
+    for name, path in zip(distinct_names(paths), paths, strict=True):
+        saved, _ = load_network(path)
+        twins = [other for other, entry in described.items() if entry["sha256"] == saved.sha256]
+        if twins or name in described:
+            raise UserError(f"--checkpoint {path} is the same as {(twins or [name])[0]}; name each one once")
+        described[name] = {"sha256": saved.sha256, "epoch": saved.epoch}
+        if "finetune" in args.recover:
+            finetuning_rates(args, saved)  # whether they can be rewound is found out before long work
+        data = saved.data or {}
+        alike.append((saved.model, *(data.get(key) for key in ("dataset", "image_size", "mean", "std", "classes"))))
+        if alike[-1] != alike[0]:
+            raise UserError(f"{path} and {paths[0]} differ in network or data; sweep them apart, with --name for each")
+        trained.append(saved.settings | {"epochs": saved.epoch})
+    differing = [key for key in RECIPE if len({repr(settings.get(key)) for settings in trained}) > 1]
+    if differing:
+        print(f"the checkpoints differ in more than the seed of their training: {', '.join(differing)}")
+    return described
 
 
 def distinct_names(paths: list[Path]) -> list[str]:
@@ -116,70 +182,3 @@ def distinct_names(paths: list[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
-
-
-def describe_checkpoints(
-    paths: list[Path], load: Callable[[Path], tuple[Checkpoint, Any]], rates: dict[str, Any] | None
-) -> dict[str, dict[str, Any]]:
-    """Name -> hash and epoch of every checkpoint, after making sure that all can be read and belong together.
-
-    `load` gives a checkpoint and its network; `rates` are those of fine-tuning, None where nothing is fine-tuned.
-    """
-    names = distinct_names(paths)
-    described: dict[str, dict[str, Any]] = {}
-    kinds = []
-    for name, path in zip(names, paths, strict=True):
-        saved, _ = load(path)
-        twins = [other for other, entry in described.items() if entry["sha256"] == saved.sha256]
-        if twins or name in described:
-            raise UserError(f"--checkpoint {path} is the same as {(twins or [name])[0]}; name each one once")
-        described[name] = {"sha256": saved.sha256, "epoch": saved.epoch}
-        data = saved.data or {}
-        if rates:  # whether it can be fine-tuned is found out before long work
-            training_recipe(saved)
-            finetuning_rates(saved, **rates)
-        kinds.append((saved.model, *(data.get(key) for key in ("dataset", "image_size", "mean", "std", "classes"))))
-        if kinds[-1] != kinds[0]:
-            raise UserError(f"{path} and {paths[0]} differ in network or data; sweep them apart, with --name for each")
-    return described
-
-
-def load_evidence(
-    source: Source,
-    saved: Checkpoint,
-    asked: int | None,
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    curves: set[Curve],
-) -> tuple[Calibration | None, Split | None]:
-    """The calibration images, and the training images for fine-tuning; loaded only if one of `curves` needs them."""
-    if not needs_calibration(curves) and not needs_training(curves):
-        return None, None
-    train, _ = _load(source, saved, train=True)
-    calibration = None
-    if needs_calibration(curves):
-        if asked and asked > len(train):
-            raise UserError(f"--calibration_images {asked} is more than the {len(train)} images of the training split")
-        if any(criterion in READS_LABELS for criterion, _, _ in curves):
-            print("the criterion gradient reads the labels of the calibration images")
-        calibration = draw_calibration(train, min(asked or DEFAULT_CALIBRATION, len(train)), seed, device, dtype)
-    if not needs_training(curves):
-        return calibration, None
-    print(f"fine-tuning reads the labels of {len(train):,} training images")
-    return calibration, train.to(device)
-
-
-def _load(source: Source, saved: Checkpoint, train: bool) -> tuple[Split, list[str]]:
-    data, num_classes = saved.data, saved.model["num_classes"]
-    usual = CIFAR100_STATISTICS if source.dataset == "cifar100" else CIFAR10_STATISTICS
-    statistics = (tuple(data["mean"]), tuple(data["std"])) if data else usual
-    split, classes = load_split(source, train, statistics)
-    if len(classes) != num_classes:
-        raise UserError(f"{saved.path} tells {num_classes} classes apart, {source.name} has {len(classes)}")
-    if data and data["classes"] != classes:
-        differing = next(pair for pair in zip(data["classes"], classes, strict=False) if pair[0] != pair[1])
-        raise UserError(
-            f"{saved.path} was trained on other classes than {source.name} has: {' against '.join(differing)}"
-        )
-    return split, classes

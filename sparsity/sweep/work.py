@@ -1,60 +1,109 @@
-"""How the work of a sweep is dealt to the processes of a run."""
+"""Which networks a sweep evaluates: its curves and levels, those that are missing, and this process's share."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import argparse
+import itertools
+import time
+from datetime import timedelta
 
-from sparsity.results.rows import Curve
-from sparsity.sweep.panel import Panel
-from sparsity.system.processes import Ranks
+import torch
+
+from sparsity.networks.evaluation import evaluate
+from sparsity.results.store import Sweep
+from sparsity.sweep.level import Evaluator
+from sparsity.system import processes
+from sparsity.system.errors import UserError
+from sparsity.system.methods import FILTER_CRITERIA, ONE_LAYER, RECOVERIES, Curve
+
+Panel = dict[Curve, list[float]]  # levels in percent, ascending
+
+RECONSTRUCTED_LEVELS = [60.0, 80.0, 90.0, 95.0]
 
 
-@dataclass(frozen=True)
-class Item:
-    """A piece of work that does not depend on any other: `levels` (percent) of one curve of a checkpoint.
+def choose_panel(args: argparse.Namespace, layers: list[str], inner: list[str]) -> Panel:
+    """The curves that the flags ask for, with their levels; `inner` are the layers whose filters may be removed.
 
-    `cost` is about how long it takes; only the order of costs counts.
+    Raises UserError when filters are to be removed of a network that has no such layer.
     """
+    if args.compare:  # magnitude in three allocations and the random control, and their recoveries
+        pairs = [("l1", "uniform"), ("l1", "global"), ("l1", "lamp"), ("random", "uniform")]
+        panel = {Curve(*pair, recovery): args.levels for pair in pairs for recovery in ("none", "batchnorm")}
+        return panel | {Curve("l1", "global", "reconstruction"): RECONSTRUCTED_LEVELS}
+    filters = bool(set(args.criterion) & FILTER_CRITERIA.keys())
+    if filters and not inner:
+        raise UserError("the network has no filters that can be removed; use another --criterion, or exclude less")
+    allocations = args.allocation
+    if args.sensitivity:  # a curve a layer, in which this layer alone is pruned
+        allocations = [f"{ONE_LAYER}{layer}" for layer in (inner if filters else layers)]
+    return {Curve(*parts): args.levels for parts in itertools.product(args.criterion, allocations, args.recover)}
 
-    checkpoint: str
-    curve: Curve
-    levels: tuple[float, ...]
-    cost: float
+
+def find_missing(sweep: Sweep, panel: Panel, iterative: bool) -> dict[str, Panel]:
+    """Checkpoint -> curves that lack rows, with the levels without one; in an iterative sweep with all their levels."""
+    missing: dict[str, Panel] = {}
+    for name in sweep.header["checkpoints"]:
+        for curve, levels in panel.items():
+            left = [level for level in levels if not sweep.has(name, curve, level)]
+            if left:
+                missing.setdefault(name, {})[curve] = levels if iterative else left
+    return missing
 
 
-def work_items(missing: dict[str, Panel], costs: dict[str, float], whole: bool) -> list[Item]:
-    """What is to be done, in canonical order: an item a level, or with `whole` an item a curve.
+def my_share(missing: dict[str, Panel], costs: dict[str, float], iterative: bool) -> dict[str, Panel]:
+    """The part of `missing` that falls to this process; all of it to a single one.
 
-    `missing` is checkpoint -> panel, `costs` the recovery of a curve -> seconds of one level.
+    Work is dealt out level by level, or curve by curve in an iterative sweep: the longest first, each to the process
+    with the least to do so far. `costs` is recovery -> cost of a level. Every process computes the same shares.
     """
     items = []
-    for checkpoint, panel in missing.items():
+    for name, panel in missing.items():
         for curve, levels in panel.items():
-            parts = [tuple(levels)] if whole else [(level,) for level in levels]
-            items += [Item(checkpoint, curve, part, costs[curve[2]] * len(part)) for part in parts]
-    return items
+            items += [(name, curve, part) for part in ([levels] if iterative else [[level] for level in levels])]
+    loads, share = [0.0] * processes.size(), []
+    for item in sorted(items, key=lambda item: -costs[item[1].recover] * len(item[2])):
+        owner = loads.index(min(loads))
+        loads[owner] += costs[item[1].recover] * len(item[2])
+        if owner == processes.rank():
+            share.append(item)
+    mine: dict[str, Panel] = {}
+    for name, curve, levels in sorted(share, key=items.index):
+        mine.setdefault(name, {}).setdefault(curve, []).extend(levels)
+    return mine
 
 
-def dealt(items: list[Item], ranks: Ranks) -> Iterator[Item]:
-    """The items that fall to this process, each taken when the one before is done: longest first.
+def level_costs(test_images: int, calibration_images: int, finetuned_images: int) -> dict[str, float]:
+    """Recovery -> about how many images a level costs, in forward passes; only their ratios count.
 
-    Among equally long ones those come first of which the process has scores at hand: of the same checkpoint and
-    curve. A single process takes all, in their order.
+    `finetuned_images` are those of all epochs of a level. On ResNet-50 a refit took as long as 40 passes
+    over its calibration images, a training step as long as 3.5 forward passes.
     """
-    if ranks.size == 1:
-        yield from items
-        return
-    left, last = dict(enumerate(items)), None
-    while left:
-        longest = max(item.cost for item in left.values())
-        equals = [number for number, item in left.items() if item.cost == longest]
-        alike = [number for number in equals if last and same_scores(left[number], last)]
-        number = (alike or equals)[0]
-        item = left.pop(number)
-        if ranks.claim(f"item {number}"):
-            last = item
-            yield item
+    costs = dict.fromkeys(RECOVERIES, test_images)
+    costs["batchnorm"] += calibration_images
+    costs["reconstruction"] += 40 * calibration_images
+    costs["finetune"] += 3.5 * finetuned_images
+    return costs
 
 
-def same_scores(one: Item, other: Item) -> bool:
-    """Whether two items are of one checkpoint, criterion and allocation."""
-    return (one.checkpoint, one.curve[:2]) == (other.checkpoint, other.curve[:2])
+def announce(evaluator: Evaluator, missing: dict[str, Panel]) -> None:
+    """Say how many rows are kept, and how long evaluating the missing networks takes; set the length of the bar.
+
+    The time is that of the first few batches, times the batches, without recovery, export and timing.
+    """
+    sweep, test, batch_size = evaluator.sweep, evaluator.test, evaluator.batch_size
+    if sweep.kept:
+        print(f"{sweep.kept} rows in {sweep.files.csv} were measured with these settings and are kept")
+    networks = sum(name not in sweep.dense for name in missing)
+    for name, panel in missing.items():
+        networks += sum(not sweep.has(name, curve, level) for curve, levels in panel.items() for level in levels)
+    evaluator.bar.reset(networks * len(test) // processes.size())
+    if networks:
+        few = test.take(torch.arange(min(len(test), 4 * batch_size)))
+        evaluate(evaluator.network, few, batch_size)  # warm-up
+        started = time.perf_counter()
+        evaluate(evaluator.network, few, batch_size)
+        rate = len(few) / (time.perf_counter() - started)
+        seconds = timedelta(seconds=round(networks * len(test) / rate / processes.size()))
+        shared = f" in {processes.size()} processes" if processes.size() > 1 else ""
+        recovered = any(curve.recover != "none" for panel in missing.values() for curve in panel)
+        more = "; recovery comes on top" if recovered else ""
+        work = f"{networks} networks x {len(test):,} images at {rate:,.0f} images/s"
+        print(f"about {seconds}{shared}: {work}{more}", flush=True)

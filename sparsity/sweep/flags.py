@@ -1,0 +1,161 @@
+"""All flags of pruning.py, and the rules about which of them clash; torch-free."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from sparsity.system.flags import (
+    DATASETS,
+    add_machine_flags,
+    given_flags,
+    integer,
+    levels_type,
+    number,
+    rate_type,
+    stem_type,
+)
+from sparsity.system.methods import ALLOCATIONS, CRITERIA, FILTER_ALLOCATIONS, FILTER_CRITERIA, RECOVERIES, Curve
+
+EXPORT_FORMATS = {"packed": ".npz", "dense": ".pth"}  # name -> ending
+EXPORT_BITS = {"fp32": 32, "bf16": 16}  # precision of exported values -> bits of one
+ENGINES = ("dense", "sparse")
+CALIBRATION_IMAGES = 2048
+SENSITIVITY_LEVELS = [50.0, 80.0, 90.0, 95.0]
+SENSITIVITY_IMAGES = 1000
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of pruning.py; of --criterion, --allocation and --recover every combination is a curve."""
+    parser = argparse.ArgumentParser(
+        prog="pruning.py",
+        description="Prune a trained network level by level, evaluate every level, plot test accuracy over sparsity.",
+        allow_abbrev=False,
+    )
+    _add_pruning_flags(parser.add_argument_group("what to prune").add_argument)
+    _add_recovery_flags(parser.add_argument_group("how to recover").add_argument)
+    _add_evaluation_flags(parser.add_argument_group("what to measure").add_argument)
+    _add_output_flags(parser.add_argument_group("where to write").add_argument)
+    add_machine_flags(parser)
+    return parser
+
+
+def _several(names: Iterable[str], default: str, text: str) -> dict[str, Any]:
+    """The keywords of a flag that takes one or more of these names."""
+    choices = tuple(names)
+    text = f"{text}; one or more of {', '.join(choices)} ({default})"
+    return {"choices": choices, "nargs": "+", "default": [default], "metavar": "NAME", "help": text}
+
+
+def _add_pruning_flags(add: Callable[..., Any]) -> None:
+    text = "one or more, as seeds of one experiment (the newest numbered one in --checkpoint_dir)"
+    add("--checkpoint", type=Path, nargs="+", metavar="FILE", help=text)
+    text = "percent: start:stop:step, or a list such as 0,40,99.5 (%(default)s)"
+    add("--levels", type=levels_type, default="0:100:5", metavar="L", help=text)
+    text = "score by which weights (filter_...: whole filters) are removed, lowest first"
+    add("--criterion", **_several((*CRITERIA, *FILTER_CRITERIA), "l1", text))
+    add("--allocation", **_several(ALLOCATIONS, "uniform", "how a level is dealt to the layers"))
+    text = "a level starts from the dense network, or from the level before it (%(default)s)"
+    add("--schedule", choices=("oneshot", "iterative"), default="oneshot", help=text)
+    add("--exclude", nargs="+", default=[], metavar="NAME", help="weights that stay dense, as globs (none)")
+    text = "nine standard curves; reconstruction at 60, 80, 90, 95 %% whatever the --levels (off)"
+    add("--compare", action="store_true", help=text)
+    add("--sensitivity", action="store_true", help="prune one layer at a time and map the accuracy lost (off)")
+
+
+def _add_recovery_flags(add: Callable[..., Any]) -> None:
+    add("--recover", **_several(RECOVERIES, "none", "recovery after pruning; only finetune reads labels"))
+    text = f"of the training split ({CALIBRATION_IMAGES}, or all where there are fewer)"
+    add("--calibration_images", type=integer(2), metavar="N", help=text)
+    add(
+        "--finetune_epochs",
+        type=integer(1, 10_000),
+        default=1,
+        metavar="N",
+        help="epochs of fine-tuning at each level (%(default)s)",
+    )
+    text = "a number, or rewind: the rates of the last epochs of training (%(default)s)"
+    add("--finetune_learning_rate", type=rate_type, default=0.001, metavar="RATE", help=text)
+
+
+def _add_evaluation_flags(add: Callable[..., Any]) -> None:
+    add("--dataset", choices=tuple(DATASETS), help="images to test on (from the checkpoint)")
+    add("--data_dir", type=Path, metavar="DIR", help="folder of the images (from the checkpoint)")
+    text = "the first N of a fixed, class-balanced order (all)"
+    add("--max_test_images", type=integer(1), metavar="N", help=text)
+    add("--batch_size", type=integer(1), metavar="N", help="test images at a time (32 on a CPU, 500 on a GPU)")
+    text = "points of accuracy that the chosen level may lose (%(default)s)"
+    add("--tolerance", type=number(0, 100), default=1.0, metavar="POINTS", help=text)
+    text = "dense kernels, or kernels that skip zeros (%(default)s)"
+    add("--engine", choices=ENGINES, default="dense", help=text)
+    text = "time every network against dense: latency, throughput, memory (off)"
+    add("--measure", action="store_true", help=text)
+    text = "smaller dense networks to compare with (none)"
+    add("--controls", type=Path, nargs="+", default=[], metavar="FILE", help=text)
+
+
+def _add_output_flags(add: Callable[..., Any]) -> None:
+    add("--name", type=stem_type, help="stem of the outputs ({dataset}_{arch})")
+    add("--images_dir", type=Path, default=Path("images"), metavar="DIR", help="plots and tables (%(default)s)")
+    text = "exported files; the newest checkpoint is looked for here (%(default)s)"
+    add("--checkpoint_dir", type=Path, default=Path("checkpoints"), metavar="DIR", help=text)
+    add("--export", type=levels_type, metavar="L", help="write the networks of these levels to files (none)")
+    text = "of values in files (%(default)s)"
+    add("--export_precision", choices=tuple(EXPORT_BITS), default="fp32", help=text)
+    text = "packed (.npz), or dense: a .pth with zeros that other code reads (%(default)s)"
+    add("--export_format", choices=tuple(EXPORT_FORMATS), default="packed", help=text)
+    add("--restart", action="store_true", help="measure again the rows that are in the CSV (off)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; ends the program, as argparse does, where they have no meaning together."""
+    parser = build_parser()
+    args, given = parser.parse_args(argv), given_flags(parser, argv)
+    if problem := clash(args, given):
+        parser.error(problem)
+    if args.sensitivity:
+        args.levels = args.levels if "levels" in given else SENSITIVITY_LEVELS
+        args.max_test_images = args.max_test_images or SENSITIVITY_IMAGES
+    if args.export is not None:  # nobody who wants one file waits for 21 levels
+        args.levels = sorted({*args.export, *(args.levels if "levels" in given or args.compare else [])})
+    return args
+
+
+def clash(args: argparse.Namespace, given: set[str]) -> str | None:
+    """Why the flags have no meaning together, or None; `given` names those on the command line."""
+    iterative, export = args.schedule == "iterative", args.export is not None
+    filters = sorted(set(args.criterion) & FILTER_CRITERIA.keys())
+    weights = [name for name in args.allocation if name not in FILTER_ALLOCATIONS]
+    tuned = sorted(given & {"finetune_epochs", "finetune_learning_rate"})
+    formats = sorted(given & {"export_precision", "export_format"})
+    curves = [Curve(*parts) for parts in itertools.product(args.criterion, args.allocation, args.recover)]
+    calibrated = args.compare or any(curve.needs_calibration for curve in curves)
+    rules = (
+        (args.compare and (given & {"criterion", "allocation", "recover", "schedule"} or args.sensitivity),
+         "--compare is a panel of its own; leave out --criterion --allocation --recover --schedule --sensitivity"),
+        (args.sensitivity and ("allocation" in given or iterative),
+         "--sensitivity prunes one layer at a time; leave out --allocation and --schedule"),
+        (args.sensitivity and (len(args.criterion) > 1 or len(args.recover) > 1),
+         "--sensitivity takes one --criterion and one --recover"),
+        (args.sensitivity and "tolerance" in given,
+         "--tolerance has no effect with --sensitivity, which chooses no level"),
+        (args.sensitivity and (export or args.measure),
+         "--sensitivity prunes one layer at a time; leave out --export and --measure"),
+        (args.sensitivity and args.controls,
+         "--sensitivity draws no controls; leave out --controls"),
+        (tuned and (args.compare or "finetune" not in args.recover),
+         f"--{''.join(tuned[:1])} has no effect without --recover finetune"),
+        (filters and weights,
+         f"--criterion {''.join(filters[:1])} removes whole filters, which --allocation {''.join(weights[:1])} "
+         f"is not made for; use {' or '.join(FILTER_ALLOCATIONS)}"),
+        (formats and not export,
+         f"--{''.join(formats[:1])} has no effect without --export"),
+        (export and iterative and "levels" not in given,
+         "--schedule iterative prunes in the steps of --levels; give them with --export"),
+        (export and len(args.checkpoint or []) > 1,
+         "--export writes a file for each curve and level; name one --checkpoint"),
+        ("calibration_images" in given and not calibrated,
+         "--calibration_images has no effect without a criterion or --recover that looks at images"),
+    )  # fmt: skip
+    return next((message for clashes, message in rules if clashes), None)

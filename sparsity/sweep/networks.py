@@ -1,0 +1,97 @@
+"""A checkpoint while it is swept: its dense network, pruner and recovery, and where an iterative curve goes on."""
+
+import argparse
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from sparsity.data.calibration import Calibration
+from sparsity.data.images import Split
+from sparsity.networks import checkpoint
+from sparsity.networks.checkpoint import Checkpoint
+from sparsity.networks.families import load_network
+from sparsity.prune.pruner import Pruner
+from sparsity.recover import Means
+from sparsity.recover.finetune import Finetuning
+from sparsity.results.rows import row_key
+from sparsity.results.store import Sweep
+from sparsity.sweep.inputs import Inputs, finetuning_rates, training_recipe
+from sparsity.system.errors import UserError
+from sparsity.system.machine import DTYPES, derived_seed
+from sparsity.system.methods import Curve
+
+
+@dataclass(frozen=True)
+class Network:
+    """A checkpoint while it is swept: the file `saved`, and in `means` its dense network and what recovers it."""
+
+    name: str
+    saved: Checkpoint
+    means: Means
+    seed: int
+
+    @cached_property
+    def pruner(self) -> Pruner:
+        """Prunes the dense network; the seed of what is drawn differs between checkpoints."""
+        seed = derived_seed(self.seed, int(self.saved.sha256[:8], 16))
+        return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The checkpoints of a sweep, opened one after the other.
+
+    `names` are those that their rows are recorded with, in the order of the checkpoints in `given`; `layers` names the
+    prunable layers, `train` is None where nothing is fine-tuned.
+    """
+
+    args: argparse.Namespace
+    given: Inputs
+    names: tuple[str, ...]
+    layers: tuple[str, ...]
+    calibration: Calibration | None
+    train: Split | None
+
+    def open(self, name: str) -> Network:
+        """Read a checkpoint; UserError when it is another one than the sweep began with."""
+        path, entry = list(zip(self.given.paths, self.given.described.values(), strict=True))[self.names.index(name)]
+        saved, dense = load_network(path)
+        if saved.sha256 != entry["sha256"]:
+            raise UserError(f"{path} was replaced while it was being swept; start again")
+        tuning = None
+        if self.train is not None:
+            rates, dtype = finetuning_rates(self.args, saved), DTYPES[self.args.precision]
+            tuning = Finetuning(self.train, rates, **training_recipe(saved), dtype=dtype)
+        means = Means(dense.to(torch.device(self.args.device)), self.layers, self.calibration, tuning)
+        return Network(name, saved, means, self.args.seed)
+
+
+def resume_curve(sweep: Sweep, network: Network, curve: Curve, levels: list[float]) -> tuple[Pruner, list[float]]:
+    """The pruner of the level where a curve goes on, and the levels from there; from the first if there is no state.
+
+    The state of another sweep is not used. A row before the saved state is missing: start the curve again.
+    """
+    path = sweep.files.state(network.name, curve)
+    if not path.exists():
+        return network.pruner, levels
+    saved = checkpoint.load(path)
+    keys = [row_key(network.name, curve, level) for level in levels]
+    row, passed = saved.content.get("row"), 0
+    if row in keys and saved.content.get("sweep") == sweep.fingerprint():
+        passed = keys.index(row) + 1
+    if not passed or not all(sweep.has(network.name, curve, level) for level in levels[:passed]):
+        return network.pruner, levels
+    pruner = network.pruner.continued(network.means.dense)
+    try:
+        pruner.network.load_state_dict(saved.net)
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged; remove it, and the curve starts from its first level") from error
+    return pruner, levels[passed:]
+
+
+def save_step(sweep: Sweep, network: Network, curve: Curve, level: float, pruner: Pruner) -> None:
+    """Write the network that the level after `level` starts from, so that a killed sweep goes on from there."""
+    content = {"row": row_key(network.name, curve, level), "sweep": sweep.fingerprint()}
+    state = {"net": checkpoint.plain_state(pruner.network)} | content
+    checkpoint.save(sweep.files.state(network.name, curve), state)

@@ -1,0 +1,65 @@
+"""Flags of pruning.py: defaults, and combinations that have no meaning."""
+
+import pytest
+
+from sparsity.sweep.flags import SENSITIVITY_LEVELS, parse_args
+
+REFUSED = {
+    "--tolerance 101": "from 0 to 100",
+    "--max_test_images 0": "from 1",
+    "--batch_size 0": "from 1",
+    "--name a/b": "not a plain name",
+    "--level 5": "unrecognized arguments",
+    "--criterion l1 obs l0": "invalid choice: 'l0'",
+    "--calibration_images 1": "from 2",
+    "--finetune_epochs 0 --recover finetune": "from 1",
+    "--finetune_learning_rate 0 --recover finetune": "above 0",
+    "--finetune_epochs 3": "no effect without --recover finetune",
+    "--finetune_learning_rate 0.1 --compare": "no effect without --recover finetune",
+    "--calibration_images 64": "no effect without a criterion or --recover that looks at images",
+    "--calibration_images 64 --recover finetune": "no effect without a criterion",
+    "--sensitivity --tolerance 2": "--tolerance has no effect with --sensitivity",
+    "--compare --criterion l1": "--compare is a panel of its own",
+    "--compare --recover batchnorm": "--compare is a panel of its own",
+    "--compare --schedule iterative": "--compare is a panel of its own",
+    "--compare --sensitivity": "--compare is a panel of its own",
+    "--sensitivity --allocation global": "--sensitivity prunes one layer at a time",
+    "--sensitivity --schedule iterative": "--sensitivity prunes one layer at a time",
+    "--sensitivity --criterion l1 random": "--sensitivity takes one --criterion",
+    "--sensitivity --recover none batchnorm": "--sensitivity takes one --criterion and one --recover",
+    "--criterion filter_l1 --allocation lamp": "which --allocation lamp is not made for; use uniform or global",
+    "--criterion l1 filter_l1 --allocation uniform erk": "which --allocation erk is not made for",
+    "--export sixty": "neither start:stop:step",
+    "--export_precision bf16": "--export_precision has no effect without --export",
+    "--export_format dense": "--export_format has no effect without --export",
+    "--export 60 --export_format zip": "invalid choice: 'zip'",
+    "--sensitivity --export 60": "leave out --export and --measure",
+    "--sensitivity --measure": "leave out --export and --measure",
+    "--checkpoint a.pth b.pth --export 60": "name one --checkpoint",
+    "--schedule iterative --export 60": "give them with --export",
+    "--sensitivity --controls a.pth": "leave out --controls",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_flags_without_a_meaning_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(flags.split())
+    assert stop.value.code == 2
+    assert REFUSED[flags] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_defaults_are_the_study():
+    args = parse_args([])
+    assert (args.criterion, args.allocation, args.recover) == (["l1"], ["uniform"], ["none"])
+    assert args.levels == list(range(0, 101, 5))
+    assert args.engine == "dense"
+
+
+def test_sensitivity_and_export_have_levels_of_their_own():
+    assert parse_args(["--sensitivity"]).levels == SENSITIVITY_LEVELS
+    assert parse_args(["--sensitivity"]).max_test_images == 1000
+    assert parse_args(["--sensitivity", "--levels", "10"]).levels == [10]
+    assert parse_args(["--export", "60"]).levels == [60]
+    assert parse_args(["--export", "60", "--levels", "0,50"]).levels == [0, 50, 60]
+    assert len(parse_args(["--export", "61", "--compare"]).levels) == 22
