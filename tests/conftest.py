@@ -9,23 +9,32 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import files_of, sweep
 from PIL import Image
 from torch import nn
 
-import pruning
-import run
 from sparsity.data.images import Split
-from sparsity.figures import accuracy
-from sparsity.results.files import SweepFiles
 
 CLASSES = ("green", "red", "violet")
 TINY = ["--arch", "resnet18", "--width", "4", "--image_size", "8", "--batch_size", "16", "--precision", "fp32"]
 
 
-def pytest_configure():
-    """Tests run side by side, one process a core; more threads than that, here or in what is started, only wait."""
+def pytest_configure(config):
+    """Tests run side by side, one process a core; more threads than that, here or in what is started, only wait.
+
+    Only tests marked `cuda` see a GPU.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    """Where there is no GPU, its tests are skipped."""
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def pytest_collection_finish():
@@ -80,9 +89,9 @@ def small_split() -> Split:
 
 
 @pytest.fixture
-def files(tmp_path) -> SweepFiles:
-    """Where a test's sweep goes."""
-    return SweepFiles(tmp_path / "net_pruning")
+def files(tmp_path):
+    """The files of a test's own sweep."""
+    return files_of(tmp_path, "net_pruning")
 
 
 def write_image_folder(root: Path, train: int = 16, test: int = 8, size: int = 8) -> Path:
@@ -106,23 +115,22 @@ def image_folder(tmp_path_factory) -> Path:
 
 def train_arguments(folder: Path, out: Path, *extra: str) -> list[str]:
     """Flags of a training that takes a second."""
-    places = [
-        "--data_dir",
-        str(folder),
-        "--checkpoint_dir",
-        str(out / "checkpoints"),
-        "--images_dir",
-        str(out / "images"),
-    ]
-    return ["--dataset", "folder", *places, *TINY, "--threads", "1", *extra]
+    places = ["--checkpoint_dir", str(out / "checkpoints"), "--images_dir", str(out / "images")]
+    return ["--dataset", "folder", "--data_dir", str(folder), *places, *TINY, "--threads", "1", *extra]
+
+
+def train(folder: Path, out: Path, *extra: str) -> Path:
+    """Train a small network; returns the folder of its outputs."""
+    import run  # here, so that tests of a room run whatever state the scripts are in
+
+    assert run.main(train_arguments(folder, out, *extra)) == 0
+    return out
 
 
 @pytest.fixture(scope="session")
 def trained(image_folder, tmp_path_factory) -> Path:
     """A folder with the checkpoints and pictures of a finished training of three epochs."""
-    out = tmp_path_factory.mktemp("trained")
-    assert run.main(train_arguments(image_folder, out, "--epochs", "3", "--save_every", "2")) == 0
-    return out
+    return train(image_folder, tmp_path_factory.mktemp("trained"), "--epochs", "3", "--save_every", "2")
 
 
 @pytest.fixture(scope="session")
@@ -133,8 +141,7 @@ def tiny_checkpoint(trained) -> Path:
 @pytest.fixture(scope="session")
 def other_checkpoint(image_folder, tmp_path_factory) -> Path:
     """A network of the same kind, trained from another seed."""
-    out = tmp_path_factory.mktemp("other")
-    assert run.main(train_arguments(image_folder, out, "--epochs", "1", "--seed", "1")) == 0
+    out = train(image_folder, tmp_path_factory.mktemp("other"), "--epochs", "1", "--seed", "1")
     return out / "checkpoints" / "colours_resnet18_ckpt_epoch1.pth"
 
 
@@ -142,8 +149,7 @@ def other_checkpoint(image_folder, tmp_path_factory) -> Path:
 def sweep_of_two(tiny_checkpoint, tmp_path_factory) -> Path:
     """The folder of a finished sweep of `tiny_checkpoint` at 0 and 50 percent, with --precision fp32 --threads 1."""
     out = tmp_path_factory.mktemp("two")
-    flags = ["--images_dir", str(out), "--precision", "fp32", "--threads", "1", "--levels", "0,50"]
-    assert pruning.main([*flags, "--checkpoint", str(tiny_checkpoint)]) == 0
+    assert sweep(out, "--checkpoint", tiny_checkpoint, "--levels", "0,50") == 0
     return out
 
 
@@ -158,10 +164,10 @@ def swept_at_two(sweep_of_two, tmp_path) -> Path:
 def undrawn(request, monkeypatch):
     """For tests that look at no figure, whose drawing takes four fifths of a small sweep; not for those marked `drawn`.
 
-    The figures themselves are drawn and looked at in test_plots, and at the end of real sweeps in test_pruning.
+    The figures themselves are drawn and looked at in tests/figures, and at the end of real sweeps in tests/scripts.
     """
     if not request.node.get_closest_marker("drawn"):
-        monkeypatch.setattr(accuracy, "plot_all", lambda files: None)
+        monkeypatch.setattr("sparsity.figures.accuracy.plot_all", lambda files: None)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+
 import Build_Resnet
 from sparsity.data.images import class_balanced_order
 
@@ -35,6 +36,7 @@ def load_images(folder: Path, count: int | None, mean=MEAN, std=STD) -> tuple[to
     return torch.stack(images), torch.tensor(labels)
 
 
+@torch.no_grad()
 def plain_result(
     path: Path, images: torch.Tensor, labels: torch.Tensor, level: float, output: str = "linear"
 ) -> tuple[float, float]:
@@ -47,36 +49,30 @@ def plain_result(
         if isinstance(module, nn.Conv2d | nn.Linear) and name != output:
             prune.l1_unstructured(module, "weight", amount=level / 100)
     correct, loss = 0, 0.0
-    with torch.no_grad():
-        for start in range(0, len(labels), 100):
-            logits = model(images[start : start + 100])
-            correct += int((logits.argmax(1) == labels[start : start + 100]).sum())
-            loss += float(F.cross_entropy(logits, labels[start : start + 100], reduction="sum"))
+    for some, right in zip(images.split(100), labels.split(100), strict=True):
+        logits = model(some)
+        correct += int((logits.argmax(1) == right).sum())
+        loss += float(F.cross_entropy(logits, right, reduction="sum"))
     return 100 * correct / len(labels), loss / len(labels)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("folder", type=Path)
+    for name in ("checkpoint", "csv", "folder"):
+        parser.add_argument(name, type=Path)
     parser.add_argument("--levels", default="0,20,40,50,60")
     parser.add_argument("--images", type=int)
     args = parser.parse_args()
     with args.csv.open(newline="") as file:
-        rows = {float(row["level"]): row for row in csv.DictReader(file)}
+        rows, worst = {float(row["level"]): row for row in csv.DictReader(file)}, 0
     images, labels = load_images(args.folder, args.images)
-    worst = 0
-    for level in (float(text) for text in args.levels.split(",")):
+    for level in map(float, args.levels.split(",")):
         accuracy, loss = plain_result(args.checkpoint, images, labels, level)
         swept = float(rows[level]["accuracy"]), float(rows[level]["loss"])
         points, share = abs(accuracy - swept[0]), 100 * abs(loss - swept[1]) / loss
         worst |= points > 0.1 or share > 0.1
-        print(
-            f"{level:5g} %: plain {accuracy:.3f} %, loss {loss:.6f}; swept {swept[0]:.3f} %, loss {swept[1]:.6f}; "
-            f"apart {points:.3f} points, {share:.5f} %",
-            flush=True,
-        )
+        there = f"plain {accuracy:.3f} %, loss {loss:.6f}; swept {swept[0]:.3f} %, loss {swept[1]:.6f}"
+        print(f"{level:5g} %: {there}; apart {points:.3f} points, {share:.5f} %", flush=True)
     return int(worst)
 
 

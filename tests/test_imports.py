@@ -8,32 +8,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Each module imports only from the layers below its own.
-LAYERS = [
-    {"run", "pruning"},
-    {"settings", "record"},
-    {"inputs", "forecast", "plots"},
-    {"savings", "extras"},
-    {"controls"},
-    {"stopwatch", "subject", "deal"},
-    {"panel", "pruner", "export", "chain", "summary", "heatmaps"},
-    {"bench", "measure"},
-    {"recovery", "parallel"},
-    {"criteria", "reconstruction", "batchnorm", "finetune", "thinning", "engine", "resume"},
-    {"training", "evaluation", "checkpoint", "calibration", "allocation", "collector", "recipe"},
-    {"sources"},
-    {"report", "data", "masks", "flags", "storage", "planes"},
-    {"rows", "figures", "layout"},
-    {"statistics", "synthetic", "header", "archive"},
-    {"runtime"},
-    {"ranks", "files"},
-]
-DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
+# Room -> the rooms that it may import, beside itself.
+MAY_IMPORT = {
+    "system": set(),
+    "data": {"system"},
+    "networks": {"system", "data"},
+    "training": {"system", "data", "networks"},
+    "prune": {"system", "data", "networks"},
+    "recover": {"system", "data", "networks", "training", "prune"},
+    "results": {"system"},
+    "figures": {"system", "results"},
+    "sweep": {"system", "data", "networks", "training", "prune", "recover", "results", "figures"},
+}
+SCRIPTS = ("run", "pruning")
 RUN_TIME = {"torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL"}  # PIL comes with torchvision
+FILES = {path.relative_to(ROOT).with_suffix(""): path for path in (ROOT / "sparsity").rglob("*.py")}
+MODULES = {".".join(name.parts).removesuffix(".__init__"): path for name, path in FILES.items()}
+MODULES |= {name: ROOT / f"{name}.py" for name in (*SCRIPTS, "Build_Resnet")}
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of what a file imports."""
+    """Full names of the modules that a file imports, and of what it imports from them."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -43,45 +38,57 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def own_modules(names: set[str]) -> set[str]:
-    """The modules of the package among full names; a name below `recovery` counts as `recovery` from outside."""
-    found = {name.split(".")[1] for name in names if name.startswith("sparsity.")}
-    inside = {name.split(".")[2] for name in names if name.startswith("sparsity.recovery.") and name.count(".") >= 2}
-    return {name for name in found | inside if name in DEPTH}
+def below(module: str) -> set[str]:
+    """The modules of this project that a module imports."""
+    return {name for name in imported(MODULES[module]) if name in MODULES and name not in ("sparsity", module)}
 
 
-FILES = [*(ROOT / "sparsity").rglob("*.py"), ROOT / "run.py", ROOT / "pruning.py"]
-
-
-def module(path: Path) -> str:
-    return path.parent.name if path.stem == "__init__" else path.stem
-
-
-@pytest.mark.parametrize("path", [path for path in FILES if module(path) != "sparsity"], ids=module)
-def test_imports_go_down(path):
-    names = imported(path)
-    assert module(path) in DEPTH, "a new module needs its place in LAYERS"
-    below = own_modules(names)
-    if path.parent.name == "recovery":  # `from sparsity.recovery.x import y` inside of the package names its parent too
-        below -= {"recovery"}
-    upward = {name for name in below if DEPTH[name] <= DEPTH[module(path)]}
-    assert not upward
-    if path.parent.name != ROOT.name:
-        assert not {"Build_Resnet", "run", "pruning"} & names
-
-
-def test_the_network_needs_torch_only():
-    assert {name.split(".")[0] for name in imported(ROOT / "Build_Resnet.py")} == {"re", "torch"}
-
-
-@pytest.mark.parametrize("path", FILES, ids=module)
-def test_only_the_allowed_packages_are_imported(path):
-    roots = {name.split(".")[0] for name in imported(path)}
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    roots = {name.split(".")[0] for name in imported(MODULES[module])}
     assert roots - RUN_TIME - {"sparsity", "Build_Resnet"} <= sys.stdlib_module_names
+    if module in SCRIPTS or module == "sparsity":
+        return
+    if module == "Build_Resnet":
+        assert roots == {"torch"}
+        return
+    room = module.split(".")[1]
+    others = {name.split(".")[1] for name in below(module) if name.startswith("sparsity.")} - {room}
+    assert others <= MAY_IMPORT[room]
+    assert ("Build_Resnet" in below(module)) <= (module == "sparsity.networks.families")
+    assert not below(module) & set(SCRIPTS)
+    if room in ("results", "figures"):
+        assert not {"torch", "torchvision", "tqdm", "PIL"} & roots
 
 
-def test_importing_the_scripts_does_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run, pruning"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+def test_every_room_is_known_no_file_too_long_and_there_is_no_circle_and_at_most_nine_floors():
+    rooms = {path.name for path in (ROOT / "sparsity").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == MAY_IMPORT.keys() and len(MODULES) > 40
+    assert not {name: lines for name, path in MODULES.items() if (lines := path.read_text().count("\n")) > 300}
+    floors: dict[str, int] = {}
+
+    def floor(module: str, above: tuple[str, ...] = ()) -> int:
+        assert module not in above, " -> ".join((*above, module))
+        if module not in floors:
+            floors[module] = 1 + max((floor(name, (*above, module)) for name in below(module)), default=0)
+        return floors[module]
+
+    assert max(map(floor, MODULES)) <= 9
+
+
+NO_TORCH = "flags.parse_args([]); assert not {'torch', 'numpy'} & sys.modules.keys()"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import run, pruning",
+        f"import sparsity.sweep.flags as flags; {NO_TORCH}",
+        f"import sparsity.training.recipe as flags; {NO_TORCH}",
+    ],
+)
+def test_importing_the_scripts_does_nothing_and_flags_are_parsed_without_torch(tmp_path, code):
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())

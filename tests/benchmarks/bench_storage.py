@@ -26,11 +26,9 @@ from sparsity.networks import checkpoint, families, packed
 from sparsity.networks.layers import prunable_layers, zeros_by_layer
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import baked
-from sparsity.system import machine
-from sparsity.system.machine import apply_threads
+from sparsity.system.machine import apply_threads, describe_machine
 
 CPU = torch.device("cpu")
-VALUE_BITS = {"fp32": 32, "bf16": 16}
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def pruned(dense: nn.Module, level: float) -> tuple[dict[str, Tensor], int, int]:
-    """The state dict of a level with its zeros baked in, how many they are, and the number of prunable weights."""
+    """The state dict of a level with its zeros baked in, their number, and that of the prunable weights."""
     masked = copy.deepcopy(dense)
     layers = prunable_layers(masked, torch.zeros(1, 3, 32, 32))
     prune_l1_uniform(layers, level / 100)
@@ -50,45 +48,31 @@ def pruned(dense: nn.Module, level: float) -> tuple[dict[str, Tensor], int, int]
     return checkpoint.plain_state(baked(masked, dense)), zeros, sum(layer.weight.numel() for layer in layers.values())
 
 
-def same_bits(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return list(state) == list(other) and all(
-        state[name].shape == other[name].shape
-        and torch.equal(state[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8))
-        for name in state
-    )
-
-
-def line(path: Path, state: dict[str, Tensor], zeros: int, weights: int, precision: str) -> list[str]:
-    """The figures of one file: bytes, bits, yardstick, ratio, seconds to pack and to load, whether nothing changed."""
-    content = {"net": state, "epoch": 1}
-    packing = seconds(lambda: checkpoint.save_packed(path, content, precision), CPU)
+def row(path: Path, net: dict[str, Tensor], zeros: int, weights: int, precision: str, value_bits: int) -> list[str]:
+    """The columns of one file: bytes, bits, yardstick, ratio, seconds to pack and to load, whether nothing changed."""
+    packing = seconds(lambda: checkpoint.save_packed(path, {"net": net, "epoch": 1}, precision), CPU)
     loaded: list[checkpoint.Checkpoint] = []
     loading = seconds(lambda: loaded.append(checkpoint.load(path)), CPU)
-    size = path.stat().st_size
-    bits = 8 * size / weights
-    yardstick = packed.entropy_bits(zeros, weights, VALUE_BITS[precision])
-    alike = same_bits(loaded[0].net, packed.stored(state, precision))
-    figures = [f"{size:,}", f"{bits:.3f}", f"{yardstick:.3f}", f"{bits / yardstick:.3f}"]
-    return [*figures, f"{packing:.1f}", f"{loading:.1f}", "yes" if alike else "NO"]
+    bits, yardstick = 8 * path.stat().st_size / weights, packed.entropy_bits(zeros, weights, value_bits)
+    expected, found = packed.stored(net, precision), loaded[0].net
+    same = all(found[name].numpy().tobytes() == tensor.numpy().tobytes() for name, tensor in expected.items())
+    numbers = [f"{number:.3f}" for number in (bits, yardstick, bits / yardstick)]
+    return [f"{path.stat().st_size:,}", *numbers, f"{packing:.1f}", f"{loading:.1f}", "yes" if same else "NO"]
 
 
 def main() -> None:
     args = parse_args()
-    threads = apply_threads(args.threads)
     torch.manual_seed(0)
-    if args.checkpoint:
-        dense = families.restore(checkpoint.load(args.checkpoint), Build_Resnet.build, Build_Resnet.spec_of)
-    else:
-        dense = Build_Resnet.resnet50().eval()
-    print(f"{machine.machine(CPU)['device']}, {threads} threads, torch {torch.__version__}\n")
-    head = ["level", "precision", "bytes", "bits/weight", "yardstick", "ratio", "pack,s", "load,s", "same"]
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    threads = apply_threads(args.threads)
+    dense = families.load_network(args.checkpoint)[1] if args.checkpoint else Build_Resnet.resnet50().eval()
+    print(f"{describe_machine(CPU)['device']}, {threads} threads, torch {torch.__version__}\n")
+    print("| level | precision | bytes | bits/weight | yardstick | ratio | pack,s | load,s | same |\n|" + "---|" * 9)
     with tempfile.TemporaryDirectory() as folder:
         for level in (float(text) for text in args.levels.split(",")):
             state, zeros, weights = pruned(dense, level)
-            for precision in VALUE_BITS:
-                figures = line(Path(folder) / "net.npz", state, zeros, weights, precision)
-                print(f"| {level:g} % | {precision} | " + " | ".join(figures) + " |", flush=True)
+            for precision, value_bits in (("fp32", 32), ("bf16", 16)):
+                columns = row(Path(folder) / "net.npz", state, zeros, weights, precision, value_bits)
+                print(f"| {level:g} % | {precision} | " + " | ".join(columns) + " |", flush=True)
     print(f"\npeak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
 
 

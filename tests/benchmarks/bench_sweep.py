@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_sweep.py [--checkpoint FILE] [--images 512] [--repeats 3] [--compile] [--levels 3]
 
 (a) is the loop of the reference study: masks as hooks, BatchNorm apart, float32, NCHW, batches of 128. (b) and (c) are
-the inference copy of `sparsity.evaluation` in float32 and in bfloat16; (d) and (e), with `--compile`, these two through
+the inference copy of `sparsity/networks` in float32 and in bfloat16; (d) and (e), with `--compile`, these two through
 `torch.compile`. They take turns, and medians are compared. Without a checkpoint the network is untrained, which costs
 the same time; agreement is then of no meaning.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -39,16 +39,15 @@ from timing import (
     write_figures,
 )
 
-import Build_Resnet
 from sparsity.data.images import CIFAR10_STATISTICS, Split, normalise
-from sparsity.networks import checkpoint, families
-from sparsity.networks.evaluation import compiled, default_batch_size, evaluate
-from sparsity.networks.inference import inference_copy, refresh
+from sparsity.networks.evaluation import default_batch_size, evaluate
+from sparsity.networks.families import load_network
+from sparsity.networks.inference import compiled, inference_copy, refresh
 from sparsity.networks.layers import census, positions_per_image, prunable_layers, zeros_by_layer
-from sparsity.networks.sparse import run_by
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner
-from sparsity.system import machine
+from sparsity.system.machine import DTYPES, describe_machine, resolve_precision
+from sparsity.system.methods import Curve
 
 BATCH = 128
 LEVEL = 0.4
@@ -84,7 +83,7 @@ def make_contestants(
     chosen = [kind for kind in ("fp32", "bf16") if args.precision in ("both", kind)]
     for compiling in (False, True)[: 1 + args.compile]:
         for kind in chosen:
-            inference = inference_copy(dense, machine.dtype_of(kind))
+            inference = inference_copy(dense, DTYPES[kind])
             refresh(inference, masked)
             network = compiled(inference, test, batch_size) if compiling else inference
             letter = "bcde"[2 * compiling + (kind == "bf16")]
@@ -97,70 +96,49 @@ def make_contestants(
 def whole_levels(args: argparse.Namespace, dense: nn.Module, test: Split) -> dict[str, Any]:
     """Seconds of `--levels` levels, and how many of them were not evaluation."""
     device = test.images.device
-    precision = args.precision if args.precision != "both" else machine.resolve_precision("auto", device)
-    batch_size, dtype = default_batch_size(device), machine.dtype_of(precision)
+    precision = args.precision if args.precision != "both" else resolve_precision("auto", device)
+    batch_size = default_batch_size(device)
     example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
     names, positions = list(prunable_layers(dense, example)), positions_per_image(dense, example)
-    inference = inference_copy(dense, dtype)
-    fast: list[nn.Module] = [inference]
-    compiling = seconds(lambda: fast.append(compiled(inference, test, batch_size)), device) if args.compile else 0.0
-    evaluate(fast[-1], test.take(torch.arange(min(batch_size, len(test)))), batch_size)  # warm-up
-    sample = normalise(test.images[:8], test.mean, test.std, dtype)
+    inference = inference_copy(dense, DTYPES[precision])
+    networks: list[nn.Module] = [inference]
+    compiling = seconds(lambda: networks.append(compiled(inference, test, batch_size)), device) if args.compile else 0.0
+    evaluate(networks[-1], test.take(torch.arange(min(batch_size, len(test)))), batch_size)  # warm-up
     evaluating: list[float] = []
-    engines: list[str] = []
 
     def levels() -> None:
         pruner = Pruner(dense, names, None, 0)
         for index in range(args.levels):
-            model, _ = pruner.prune(("l1", "uniform", "none"), 100 * index / max(1, args.levels - 1))
-            network = prepared(model, names, positions, inference, sample)
-            engines.append("dense" if network is inference else "sparse")
-            network = fast[-1] if network is inference else network
-            evaluating.append(seconds(lambda network=network: evaluate(network, test, batch_size), device))
+            model, _ = pruner.prune(Curve("l1", "uniform", "none"), 100 * index / max(1, args.levels - 1))
+            layers = {name: model.get_submodule(name) for name in names}
+            census(model, layers, positions)
+            zeros_by_layer(layers)
+            refresh(inference, model)
+            evaluating.append(seconds(lambda: evaluate(networks[-1], test, batch_size), device))
 
     total = seconds(levels, device)
     return {
         "levels": args.levels,
         "precision": precision,
-        "compiled": args.compile,
-        "sparse_levels": engines.count("sparse"),
         "seconds": total,
         "seconds_outside_evaluation": total - sum(evaluating),
         "seconds_of_compiling": compiling,
     }
 
 
-def prepared(
-    model: nn.Module, names: list[str], positions: dict[str, int], inference: fx.GraphModule, sample: torch.Tensor
-) -> nn.Module:
-    """What pruning.py does between pruning and evaluating: counts, the inference copy, the choice of kernels."""
-    layers = {name: model.get_submodule(name) for name in names}
-    census(model, layers, positions)
-    zeros_by_layer(layers)
-    refresh(inference, model)
-    return run_by("auto", inference, sample)
-
-
 def print_levels(levels: dict[str, Any], images: int) -> None:
     total, outside = levels["seconds"], levels["seconds_outside_evaluation"]
-    words = f"{levels['levels']} whole levels of {images:,} images in {levels['precision']}"
-    words += ", compiled" * levels["compiled"] + f": {total:.2f} s, of which {outside:.2f} s outside evaluation"
-    words += f" ({100 * outside / total:.1f} %)"
-    if levels["compiled"]:
-        words += f"; compiling before them {levels['seconds_of_compiling']:.1f} s"
-    if levels["sparse_levels"]:
-        words += f"; {levels['sparse_levels']} by sparse kernels"
-    print(words)
+    print(
+        f"{levels['levels']} whole levels of {images:,} images in {levels['precision']}: {total:.2f} s, of which "
+        f"{outside:.2f} s outside evaluation ({100 * outside / total:.1f} %); compiling before them "
+        f"{levels['seconds_of_compiling']:.1f} s"
+    )
 
 
 def main() -> None:
     args = parse_args()
     device, threads = set_up(args)
-    if args.checkpoint:
-        saved = checkpoint.load(args.checkpoint)
-        dense = families.restore(saved, Build_Resnet.build, Build_Resnet.spec_of)
-    else:
-        dense = build(args).eval()
+    dense = load_network(args.checkpoint)[1] if args.checkpoint else build(args).eval()
     masked = copy.deepcopy(dense)
     layers = prunable_layers(masked, torch.zeros(1, 3, args.image_size, args.image_size))
     masking = seconds(lambda: prune_l1_uniform(layers, LEVEL), torch.device("cpu"))
@@ -173,7 +151,7 @@ def main() -> None:
     times = take_turns(contestants, args.repeats, device)
     peaks = {kind: max(peak, attainable(device, kind), key=lambda peak: peak.flops) for kind, peak in peaks.items()}
 
-    print(f"{machine.machine(device)['device']}, {threads} threads, torch {torch.__version__}")
+    print(f"{describe_machine(device)['device']}, {threads} threads, torch {torch.__version__}")
     print(
         f"{args.images} images in batches of {BATCH} (a) and {default_batch_size(device)} (others), "
         f"{100 * LEVEL:g} % pruned, median of {args.repeats}"

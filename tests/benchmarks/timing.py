@@ -7,10 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,8 +25,7 @@ PRODUCT_SIZES = {"cuda": 8192, "cpu": 2048}  # of the matrices that are multipli
 SLOW_SIZE = 1024  # of bfloat16 on a CPU that may have no instructions for it
 
 
-@dataclass(frozen=True)
-class Peak:
+class Peak(NamedTuple):
     """Operations a second that a machine attains in one kind of arithmetic, and where the figure is from."""
 
     flops: float
@@ -36,12 +34,8 @@ class Peak:
 
 def add_network_flags(parser: argparse.ArgumentParser, images: int) -> None:
     """Flags of benchmarks that run a network on random images, `images` of them by default."""
-    parser.add_argument(
-        "--images", type=int, default=images, help="random images, a multiple of the batch (%(default)s)"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="turns of each contestant; the median counts (%(default)s)"
-    )
+    parser.add_argument("--images", type=int, default=images, help="random ones, a multiple of the batch (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each; the median counts (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--arch", choices=tuple(Build_Resnet.ARCHITECTURES), default="resnet50", help="(%(default)s)")
@@ -107,12 +101,11 @@ def usual_kind(device: torch.device) -> str:
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Wall time of `work`, with the device synchronised on both sides."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise = getattr(torch, device.type).synchronize
+    synchronise()
     started = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise()
     return time.perf_counter() - started
 
 
@@ -161,8 +154,8 @@ def write_figures(path: Path | None, device: torch.device, figures: dict[str, An
     if path:
         about = {
             "command": errors.command_line(sys.argv[0], sys.argv[1:]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": machine.versions(),
-            "machine": machine.machine(device),
+            "machine": machine.describe_machine(device),
         }
         files.write_json(path, about | figures)

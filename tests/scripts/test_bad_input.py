@@ -1,0 +1,142 @@
+"""Bad input: one clear line on stderr, exit status 1, no traceback, and no file that was there changed."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_image_folder
+from helpers import kill_when, launch
+
+import pruning
+import run
+from sparsity.system.files import lock
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_checkpoint):
+    """A working folder with a good checkpoint, good images, and several bad ones."""
+    root = tmp_path_factory.mktemp("made")
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    content["data"]["data_dir"] = "colours"
+    net = content["net"]
+    broken = {
+        "good": content,
+        "bare": {"net": net, "epoch": 1},
+        "width": content | {"model": content["model"] | {"width": 8}},
+        "huge": content | {"net": net | {"linear.weight": torch.full_like(net["linear.weight"], 3e38)}},
+        "larger": content | {"data": content["data"] | {"image_size": 16}},
+        "widths": content | {"model": content["model"] | {"widths": {"layer1.0.conv1": 300}}},
+    }
+    for name, damaged in broken.items():
+        torch.save(damaged, root / f"{name}.pth")
+    (root / "cut.pth").write_bytes((root / "good.pth").read_bytes()[:-500])
+    (root / "file").write_text("a file where a folder should be")
+    for name in ("colours", "broken", "uneven", "renamed", "torn"):
+        write_image_folder(root / name, train=16, test=8)
+    (root / "broken" / "test" / "red" / "001.png").write_bytes(b"no image")
+    (root / "torn" / "train" / "red" / "001.png").write_bytes(b"no image")
+    shutil.rmtree(root / "uneven" / "train" / "red")
+    for split in ("train", "test"):
+        (root / "renamed" / split / "red").rename(root / "renamed" / split / "orange")
+    (root / "states").mkdir()
+    torch.save(content, root / "states" / "colours_resnet18_last.pth")
+    return root
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy of that folder, of its own, to work in."""
+    shutil.copytree(made, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+SMALL = "--arch resnet18 --width 2 --image_size 8 --epochs 1"
+FOLDER = f"--dataset folder --data_dir colours {SMALL}"
+RUN = {
+    f"{FOLDER} --device privateuseone": "cannot be used here",
+    f"--dataset folder --data_dir {'x' * 300} {SMALL}": "File name too long",
+    f"{FOLDER} --resume": "nothing to resume",
+    f"{FOLDER} --resume --checkpoint_dir states": "no training state",
+    f"{FOLDER} --checkpoint_dir file": "--checkpoint_dir file cannot be written to",
+    f"{FOLDER} --images_dir file/images": "--images_dir file/images cannot be written to",
+    f"--dataset folder --data_dir nowhere {SMALL}": "nowhere/train is not there",
+    f"--dataset folder --data_dir broken {SMALL}": "broken/test/red/001.png is not a readable image",
+    f"--dataset folder --data_dir uneven {SMALL}": "different classes (red)",
+}
+SWEEP = {
+    "": "no checkpoint in checkpoints",
+    f"--checkpoint {'c' * 300}.pth": "File name too long",
+    "--checkpoint none.pth": "none.pth is not there; train one",
+    "--checkpoint cut.pth": "cut.pth is damaged, cut short",
+    "--checkpoint width.pth": "does not fit the network",
+    "--checkpoint widths.pth": "does not fit the network it describes: the width of layer1.0.conv1",
+    "--checkpoint good.pth good.pth": "is the same as",
+    "--checkpoint good.pth bare.pth": "differ in network or data",
+    "--checkpoint good.pth --dataset synthetic": "tells 3 classes apart, synthetic has 10",
+    "--checkpoint good.pth --data_dir renamed": "other classes",
+    "--checkpoint good.pth --max_test_images 5": "too few for 3 classes",
+    "--checkpoint good.pth --images_dir file": "--images_dir file cannot be written to",
+    "--checkpoint good.pth --exclude linear.weight": "--exclude linear.weight names no prunable weight",
+    "--checkpoint good.pth --controls none.pth": "none.pth is not there",
+    "--checkpoint huge.pth": "outputs that are not finite",
+    "--checkpoint good.pth --controls larger.pth": "larger.pth was trained on other images",
+    "--checkpoint good.pth --export 60 --checkpoint_dir file": "--checkpoint_dir file cannot be written to",
+}
+CASES = [(run, *item) for item in RUN.items()] + [(pruning, *item) for item in SWEEP.items()]
+
+
+def contents(root):
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+@pytest.mark.parametrize(("script", "flags", "said"), CASES, ids=[f"{c[0].__name__} {c[1]}" for c in CASES])
+def test_bad_input_is_told_in_one_line(place, capfd, script, flags, said):
+    before = contents(place)
+    assert script.main(flags.split()) == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and said in line
+    assert {path: content for path, content in contents(place).items() if path in before} == before
+
+
+def test_a_full_disk_is_told_before_training(place, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert run.main(FOLDER.split()) == 1
+    assert "--checkpoint_dir checkpoints has 0 MB free" in capsys.readouterr().err
+    assert not list((place / "checkpoints").iterdir())
+
+
+SWEPT = ["--checkpoint", "good.pth", "--levels", "0,50", "--threads", "1"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_cannot_start_loses_no_rows(place, capsys):
+    assert pruning.main(SWEPT) == 0
+    tables = {path: path.read_bytes() for path in (place / "images").iterdir() if path.suffix != ".json"}
+    for flags, said in (
+        ("--data_dir torn", "torn/train/red/001.png is not a readable image"),
+        ("--calibration_images 49", "more than the 48 images"),
+    ):
+        for restart in ([], ["--restart"]):
+            capsys.readouterr()
+            assert pruning.main([*SWEPT, "--recover", "batchnorm", *flags.split(), *restart]) == 1
+            (line,) = capsys.readouterr().err.strip().splitlines()
+            assert said in line
+            assert {path: path.read_bytes() for path in tables} == tables
+    assert pruning.main(SWEPT) == 0
+    assert "2 rows in" in capsys.readouterr().out
+    with lock(place / "images" / ".colours_resnet18_pruning.lock"):
+        assert pruning.main([*SWEPT, "--restart"]) == 1
+    assert "another run is writing to the files of colours_resnet18_pruning" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tables} == tables
+
+
+@pytest.mark.parametrize("script", ["run.py", "pruning.py"])
+def test_an_interruption_while_torch_is_imported_is_one_line(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = launch(script)
+    maps = Path(f"/proc/{process.pid}/maps")  # the libraries that the process has opened so far
+    err = kill_when(process, lambda: "libtorch" in maps.read_text(), signal.SIGINT)
+    assert (process.returncode, err.strip()) == (130, "interrupted before anything was done")
