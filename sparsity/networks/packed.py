@@ -29,6 +29,8 @@ WORDS = {"fp32": np.dtype(np.uint32), "bf16": np.dtype(np.uint16)}  # hold the b
 INFINITY = {"fp32": 0x7F800000, "bf16": 0x7F80}  # as bits; those of all finite magnitudes are below
 SPARSE = 7  # gaps where fewer than one weight in so many is left: then they deflate better than bits
 ESCAPE = 255
+WHOLE = {"int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8}
+WHOLE |= {"uint8": torch.uint8, "bool": torch.bool}  # buffers; they stand in the header
 HEADER_LIMIT = 1 << 20  # bytes
 VALUES_LIMIT = 1 << 29  # floats in a file, 2 GiB in memory: nine times a ResNet-152
 
@@ -55,7 +57,7 @@ class Entry:
 def pack(state: dict[str, Tensor], metadata: dict[str, Any], precision: str = "fp32") -> memoryview:
     """Return the bytes of a packed file, from which `unpack` makes `stored(state, precision)` and `metadata`.
 
-    `state` holds float32 tensors and int64 scalars; `metadata` is JSON (tuples become lists, keys text). Raises
+    `state` holds float32 tensors and a few whole numbers; `metadata` is JSON (tuples become lists, keys text). Raises
     ValueError for other tensors, for NaN and infinities (also those that rounding to bf16 makes) and for more than
     `unpack` reads; TypeError for metadata that is not JSON; KeyError for a precision other than 'fp32' and 'bf16'.
     """
@@ -87,7 +89,7 @@ def unpack(data: bytes | memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]
         values = _read_array(arrays, "values", width * sum(counts), width * sum(counts)).reshape(width, -1)
     parts = iter(np.split(values, np.cumsum(counts, dtype=int), axis=1))
     floats = (_tensor(entry, next(masks[entry.sparse]), next(parts), precision) for entry in entries)
-    state = {item["name"]: torch.tensor(item["integer"]) if "integer" in item else next(floats) for item in layout}
+    state = {item["name"]: _integers(item) if "integer" in item else next(floats) for item in layout}
     return state, header["metadata"]
 
 
@@ -101,7 +103,7 @@ def stored(state: dict[str, Tensor], precision: str = "fp32") -> dict[str, Tenso
         if tensor.is_floating_point():
             result[name] = _floats(_words(name, tensor, precision), list(tensor.shape))
         else:
-            result[name] = torch.tensor(_integer(name, tensor))
+            result[name] = _integers(_whole(name, tensor))
     return result
 
 
@@ -120,7 +122,7 @@ def _encode(state: dict[str, Tensor], precision: str) -> tuple[list[dict[str, An
     masks = {False: [np.empty(0, bool)], True: [np.empty(0, bool)]}  # those of the sparse tensors: True
     for name, tensor in state.items():
         if not tensor.is_floating_point():
-            layout.append({"name": name, "integer": _integer(name, tensor)})
+            layout.append(_whole(name, tensor))
             continue
         entry, mask, value_bytes = _encode_tensor(name, tensor, precision)
         layout.append(asdict(entry))
@@ -163,10 +165,17 @@ def _floats(words: np.ndarray, shape: list[int]) -> Tensor:
     return torch.from_numpy(words.view(np.float32).reshape(shape))
 
 
-def _integer(name: str, tensor: Tensor) -> int:
-    if tensor.dtype != torch.int64 or tensor.dim():
-        raise ValueError(f"{name} is neither a float tensor nor a single int64")
-    return int(tensor)
+def _whole(name: str, tensor: Tensor) -> dict[str, Any]:
+    """The layout's entry of a tensor of whole numbers."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in WHOLE or not tensor.numel():
+        raise ValueError(f"{name} holds neither floats nor whole numbers")
+    return {"name": name, "integer": tensor.tolist()} | ({} if dtype == "int64" else {"dtype": dtype})
+
+
+def _integers(item: dict[str, Any]) -> Tensor:
+    """The tensor of an entry of `_whole`."""
+    return torch.tensor(item["integer"], dtype=WHOLE[item.get("dtype", "int64")])
 
 
 def _encode_tensor(name: str, tensor: Tensor, precision: str) -> tuple[Entry, np.ndarray, np.ndarray]:

@@ -1,14 +1,18 @@
 """Types of command-line flags that refuse what makes no sense, and the flags that both scripts share; torch-free."""
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 # Name -> side in pixels where no other is asked for; loaded by data/sources.py.
 DATASETS = {"cifar10": 32, "cifar100": 32, "folder": 32, "synthetic": 16}
+
+BUILT_IN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # networks of Build_Resnet.py
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -68,6 +72,18 @@ def level_text(level: float) -> str:
     return f"{level:.10g}"
 
 
+def time_span(text: str) -> float:
+    """An argparse type: seconds, from text such as '2h30m', '90m', '1.5h' and '45s', or a bare number of seconds."""
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text)
+    try:
+        seconds = sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+    except (AttributeError, ValueError):
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 2h30m, 90m or 45s")
+    return seconds
+
+
 def stem_type(text: str) -> str:
     """An argparse type: a file name's stem, without folders."""
     if not text.isprintable() or Path(text).name != text or text.startswith(".") or len(text.encode()) > 200:
@@ -85,11 +101,60 @@ def rate_type(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number above 0 nor rewind") from error
 
 
+def images_type(text: str) -> int | None:
+    """An argparse type: a number of images, at least 2, or None for the word 'all'."""
+    if text == "all":
+        return None
+    try:
+        return integer(2)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number from 2 nor all") from error
+
+
 def device_name(text: str) -> str:
     """An argparse type: 'auto' or a torch device; whether it is at hand is found out later."""
     if not re.fullmatch(r"auto|[a-z]+(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a torch device such as cpu, cuda:0")
     return text
+
+
+def arch_type(text: str) -> str:
+    """An argparse type: a network's name, as in ARCH_HELP; whether there is such a network is found out later."""
+    library = re.fullmatch(r"(torchvision|timm):[\w.\-]+", text)
+    file = re.fullmatch(r".+\.py:[^\W\d]\w*", text)
+    if text not in BUILT_IN and not (text.isprintable() and (library or file)):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {ARCH_HELP}")
+    return text
+
+
+ARCH_HELP = f"{', '.join(BUILT_IN)}, torchvision:NAME, timm:NAME, path/to/file.py:function"
+
+
+def argument_type(text: str) -> tuple[str, Any]:
+    """An argparse type: 'key=value' as a pair; the value is a JSON literal, or else text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value, such as depth=20 or norm=batch")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+class _Pairs(argparse.Action):
+    """Keeps pairs as a dictionary."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        if repeated := [key for key, _ in values if sum(key == other for other, _ in values) > 1]:
+            parser.error(f"argument {option}: {repeated[0]} is given twice")
+        setattr(namespace, self.dest, dict(values))
+
+
+def add_arch_flags(add: Callable[..., Any], default: str | None, text: str) -> None:
+    """Add --arch and --arch_args, which name the network."""
+    add("--arch", type=arch_type, default=default, metavar="NAME", help=text)
+    text = "arguments of a network that is not built in: JSON literals, else text (none)"
+    add("--arch_args", type=argument_type, nargs="+", action=_Pairs, default={}, metavar="KEY=VALUE", help=text)
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,16 @@ import argparse
 
 import pytest
 
-from sparsity.system.flags import device_name, given_flags, integer, levels_type, number, rate_type, stem_type
+from sparsity.system.flags import (
+    device_name,
+    given_flags,
+    integer,
+    levels_type,
+    number,
+    rate_type,
+    stem_type,
+    time_span,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +43,7 @@ def test_levels_are_read_as_written(text, levels):
         (number(0, above=True), ["0", "-1", "nan", "inf", "x"], "not a number above 0"),
         (number(0, 1), ["-0.1", "1.1"], "not a number from 0 to 1"),
         (rate_type, ["0", "fast", "nan"], "neither a number above 0 nor rewind"),
+        (time_span, ["", "0", "h", "2x", "-5", "30m2h", "1..5h", "1e3", "inf", "99999999999h"], "is not a time"),
         (device_name, ["cuda:x", "CPU!", ""], "neither auto nor a torch device"),
         (stem_type, ["a/b", "..", ".hidden", "n" * 300, "a\nb"], "not a plain name"),
     ],
@@ -42,6 +52,11 @@ def test_values_without_a_meaning_are_refused(kind, texts, said):
     for text in texts:
         with pytest.raises(argparse.ArgumentTypeError, match=said):
             kind(text)
+
+
+def test_times_are_read_as_seconds():
+    times = {"2h30m": 9000, "90m": 5400, "1.5h": 5400, "45s": 45, "1h1m1s": 3661, "45": 45, "9000.0": 9000}
+    assert {text: time_span(text) for text in times} == times
 
 
 def test_given_flags_are_those_on_the_command_line_even_with_their_default():
