@@ -159,6 +159,16 @@ def inner_widths(arch: str, width: int) -> dict[str, int]:
     }
 
 
+def zero_last_norms(model: ResNet) -> None:
+    """Set the weights of the last BatchNorm of each residual branch to 0, in place (arXiv 1706.02677, section 5.1).
+
+    Each block without a strided shortcut then starts as the identity.
+    """
+    for block in model.modules():
+        if isinstance(block, BasicBlock | Bottleneck) and block.has_branch:
+            nn.init.zeros_(getattr(block, f"bn{len(block.inner_names) + 1}").weight)
+
+
 def spec_of(state: dict[str, Tensor]) -> dict:
     """Read the description that `build` takes off the names and shapes of a state dict that carries no metadata.
 

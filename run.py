@@ -17,25 +17,29 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sparsity.data.images import Split, class_balanced_order, training_batches
+from sparsity.data.images import Split, batch_bounds, class_balanced_order, training_batches
 from sparsity.data.sources import Source, load_split
 from sparsity.figures.training import plot_confusion, plot_training
-from sparsity.networks import checkpoint, families
+from sparsity.networks import checkpoint
 from sparsity.networks.evaluation import Evaluation, default_batch_size, evaluate_shared
+from sparsity.networks.families import file_word, short_name
 from sparsity.networks.inference import CompiledNetwork, inference_copy, refresh
-from sparsity.networks.layers import memory_format
 from sparsity.results.record import HISTORY_COLUMNS, write_confusion, write_history
 from sparsity.system import processes
 from sparsity.system.files import file_hash, prepare_folder, write_json
-from sparsity.system.machine import DTYPES, describe_machine, set_up_machine, versions
+from sparsity.system.machine import DTYPES, derived_seed, describe_machine, set_up_machine, versions
 from sparsity.training import resume
+from sparsity.training.budget import fit_epochs
 from sparsity.training.distributed import average_statistics, replicate, require_enough, share_batchnorm
 from sparsity.training.epoch import train_one_epoch
-from sparsity.training.optimizer import MovingAverage, make_optimizer, make_schedule
+from sparsity.training.network import build_network
+from sparsity.training.optimizer import build_training, epoch_rate
+from sparsity.training.recipe import training_sizes
 
 
 def train(args: Namespace) -> None:
     """Train a network: what can fail is checked first, then come the epochs, then pictures and record."""
+    started = time.perf_counter()
     processes.join()
     state = resume.find_training_state(args) if args.resume else None  # its settings are in `args` now
     if processes.size() > 1 and args.compile == "auto":
@@ -43,15 +47,16 @@ def train(args: Namespace) -> None:
     device = set_up_machine(args)
     training, test, data = load_images(args)
     require_enough(device, args.batch_size, len(training))
-    spec = {"arch": args.arch, "num_classes": len(data["classes"]), "width": args.width}
-    model, average, optimizer, schedule = parts = build_training(args, spec, state, device)
+    model, spec = build_network(args, len(data["classes"]), state, device)
+    training, test = training.to(device), test.to(device)
+    if args.time_budget and not state:  # a resumed run keeps its epochs
+        fit_epochs(args, model, training, test, started)
+    parts = build_training(args, model, len(batch_bounds(len(training), args.batch_size, 2 * processes.size())))
     history = resume.restore_progress(state, data, parts) if state else []
     numbered, last = prepare_outputs(args, data["name"], model, state)
-    tested = average.module if average else model  # the network that is evaluated and saved
-    after_step = partial(average.update_parameters, model) if average else lambda: None
+    tested = parts.average.module if parts.average else model  # the network that is evaluated and saved
     dtype, part = DTYPES[args.precision], (processes.rank(), processes.size())
-    inference = inference_copy(tested, dtype)
-    training, test = training.to(device), test.to(device)
+    inference, sizes = inference_copy(tested, dtype), training_sizes(args)
     announce(args, data["name"], model, len(training), len(test), len(history))
     share_batchnorm(model)
     begin, end = processes.share(args.batch_size, part)
@@ -59,20 +64,22 @@ def train(args: Namespace) -> None:
     new_bar = partial(tqdm, total=len(training), unit="img", disable=None if processes.first() else True, leave=False)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
-        started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
+        torch.manual_seed(derived_seed(args.seed, epoch, processes.rank(), 1))  # of what the network draws: dropout
+        started, rate, size = time.perf_counter(), epoch_rate(args, parts.optimizer, epoch), sizes[epoch - 1]
         with new_bar(desc=f"epoch {epoch}/{args.epochs}") as bar:
-            batches = training_batches(training, args.batch_size, args.seed, epoch, args.cutout, part)
+            draws = (args.batch_size, args.seed, epoch, args.cutout, part, args.shift, args.border, size)
+            batches = training_batches(training, *draws)
             loss, accuracy = train_one_epoch(
-                model, batches, optimizer, dtype, epoch, partial(advance, bar), after_step, args.label_smoothing,
-                forward=replicate(step), part=part,
+                model, batches, parts.optimizer, dtype, epoch, partial(advance, bar), parts.after_batch,
+                args.label_smoothing, forward=replicate(step), part=part,
             )  # fmt: skip
-        schedule.step()
+        parts.after_epoch()
         average_statistics(model, tested)
         refresh(inference, tested)
         result = evaluate_shared(inference, test, default_batch_size(device))
-        figures = (epoch, rate, loss, accuracy, result.loss, result.accuracy, time.perf_counter() - started)
+        figures = (epoch, rate, loss, accuracy, result.loss, result.accuracy, time.perf_counter() - started, size)
         history.append(dict(zip(HISTORY_COLUMNS, figures, strict=True)))
-        print_epoch(history[-1], args.label_smoothing)
+        print_epoch(history[-1], args)
         if processes.first():
             content = describe_network(args, tested, spec, data, history)
             if epoch in numbered:
@@ -98,18 +105,6 @@ def load_images(args: Namespace) -> tuple[Split, Split, dict[str, Any]]:
     return training, test.take(class_balanced_order(test.labels)), data
 
 
-def build_training(
-    args: Namespace, spec: dict[str, Any], state: checkpoint.Checkpoint | None, device: torch.device
-) -> resume.Training:
-    """Network (new, or that of `state`), its moving average if --ema asks for one, optimizer and schedule."""
-    model = families.restore(state) if state else families.build(spec)
-    model = model.to(device, memory_format=memory_format(model))
-    average = MovingAverage(model, args.ema) if args.ema else None
-    rule = (args.learning_rate, args.momentum, args.weight_decay, args.nesterov, args.norm_weight_decay)
-    optimizer = make_optimizer(args.optimizer, model, *rule)
-    return resume.Training(model, average, optimizer, make_schedule(optimizer, args.T_max, args.warmup_epochs))
-
-
 def prepare_outputs(
     args: Namespace, name: str, model: nn.Module, state: checkpoint.Checkpoint | None
 ) -> tuple[dict[int, Path], Path]:
@@ -118,7 +113,7 @@ def prepare_outputs(
     Checks that the folders can be written to and have room, and says which files of an earlier run are replaced.
     """
     # A resumed run goes on in its own files, whatever the folder of its images is called by now.
-    stem = state.path.name.removesuffix("_last.pth") if state else f"{name}_{args.arch}"
+    stem = state.path.name.removesuffix("_last.pth") if state else f"{name}_{file_word(args.arch)}"
     epochs = (*range(args.save_every, args.epochs, args.save_every), args.epochs)
     numbered = {epoch: args.checkpoint_dir / f"{stem}_ckpt_epoch{epoch}.pth" for epoch in epochs}
     last = args.checkpoint_dir / f"{stem}_last.pth"
@@ -151,12 +146,14 @@ def advance(bar: tqdm, images: int, loss: float) -> None:
     bar.update(images - bar.n)
 
 
-def print_epoch(row: dict[str, Any], label_smoothing: float) -> None:
-    """Print an epoch's line; a loss against smoothed labels is called so."""
-    loss = f"Loss (labels smoothed by {label_smoothing:g})" if label_smoothing else "Loss"
+def print_epoch(row: dict[str, Any], args: Namespace) -> None:
+    """Print an epoch's line, with the size of its images if it changes; a loss against smoothed labels is called so."""
+    pixels = f" | {row['image_size']} pixels" if args.start_size else ""
+    loss = f"Loss (labels smoothed by {args.label_smoothing:g})" if args.label_smoothing else "Loss"
     print(
-        f"Epoch: {row['epoch']} | {loss}: {row['loss']:.4f} | Training accuracy: {row['training_accuracy']:.3f}% | "
-        f"Test accuracy: {row['test_accuracy']:.3f}% | Epoch Time: {row['seconds']:.2f} secs",
+        f"Epoch: {row['epoch']}{pixels} | {loss}: {row['loss']:.4f} | "
+        f"Training accuracy: {row['training_accuracy']:.3f}% | Test accuracy: {row['test_accuracy']:.3f}% | "
+        f"Epoch Time: {row['seconds']:.2f} secs",
         flush=True,
     )
 
@@ -187,6 +184,7 @@ def conclude(
         "command": args.command,
         "seed": args.seed,
         "settings": content["settings"],
+        "image_sizes": [row["image_size"] for row in history],
         "versions": content["versions"],
         "machine": describe_machine(test.labels.device),
         "images": {"training_sha256": data["training_sha256"], "test_sha256": test.hash()},
@@ -194,7 +192,7 @@ def conclude(
         "test_accuracy": final.accuracy,
     }
     write_json(curve.with_suffix(".json"), facts)
-    title = f"{args.arch} on {data['name']}, {args.image_size} px, {len(history)} epochs"
+    title = f"{short_name(args.arch)} on {data['name']}, {args.image_size} px, {len(history)} epochs"
     smoothed = f", labels smoothed by {args.label_smoothing:g}" if args.label_smoothing else ""
     pictures = curve.with_suffix(".png"), confusion.with_suffix(".png")
     plot_training(curve, pictures[0], f"Training {title}{smoothed}")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from sparsity.results.rows import COLUMNS, Row, accuracy_columns, comparison_columns
+from sparsity.results.statistics import halves
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", "1"))  # how often each kind of run is killed
@@ -156,12 +158,48 @@ def made_sweep(files: Any, rows: list[Row], layers: dict[str, int] | None = None
     return sweep
 
 
+def add_lost(
+    sweep: Any,
+    level: float,
+    lost: int = 0,
+    curve: tuple = ("l1", "uniform", "none"),
+    checkpoint: str = "one.pth",
+    also_lost: int = 0,
+    **columns: Any,
+) -> None:
+    """Add the row of a network that loses `lost` images of each half, of twenty, and `also_lost` of the reporting one.
+
+    The sweep is one in memory; `columns` are further values of the row.
+    """
+    found = LABELS.copy()
+    for part, count in zip(halves(LABELS), (lost, lost + also_lost), strict=True):
+        found[np.flatnonzero(part)[:count]] += 1
+    found %= 4
+    columns |= accuracy_columns(int((found == LABELS).sum()), 40) | comparison_columns(
+        found == LABELS, LABELS == LABELS
+    )
+    row = replace(made_row(level, checkpoint, curve), **columns)
+    sweep.rows[row.key], sweep.predictions[row.key] = row, found
+
+
+def bare_sweep(files: Any, checkpoints: tuple[str, ...] = ("one.pth",)) -> Any:
+    """A sweep in memory without rows, of networks that get everything right before pruning."""
+    sweep = made_sweep(files, [made_row(0.0, name) for name in checkpoints])
+    sweep.rows = {}
+    return sweep
+
+
 def ink(path: Path) -> tuple[int, int, float]:
     """Width and height of a picture, and the share of its pixels that are not white; nothing runs out of its edges."""
     with Image.open(path) as picture:
         dark = (np.asarray(picture.convert("RGB")) < 250).any(axis=2)
     assert not (dark[0].any() or dark[-1].any() or dark[:, 0].any() or dark[:, -1].any())
     return dark.shape[1], dark.shape[0], float(dark.mean())
+
+
+def line_points(line: Any) -> list[list[float]]:
+    """The points of a drawn line, without the nan that break it."""
+    return [pair for pair in line.get_xydata().tolist() if pair[0] == pair[0]]
 
 
 def stub_times(monkeypatch) -> list[tuple[Any, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsity.system.machine import generator, tensor_hash
 from sparsity.system.processes import share
 
-PADDING = 4  # pixels on each side, before a random crop
+SHIFT = 4  # pixels, of random shifts in the reference
 Channels = tuple[float, float, float]
 
 # The pair that the reference and most CIFAR-10 repositories use; its std is the mean of per-image deviations.
@@ -74,18 +74,28 @@ def _scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tup
     return scale, shift
 
 
-def augment(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
-    """Random crop with padding 4 and horizontal flip of uint8 images [B, 3, H, W], each image by its own draw.
+def augment(images: Tensor, offsets: Tensor, flips: Tensor, shift: int = SHIFT, border: str = "zeros") -> Tensor:
+    """Random crop after a border of `shift` pixels, and horizontal flip, of uint8 images [B, 3, H, W].
 
-    `offsets` [B, 2] are the top and left corner of the crop in the padded image, 0 to 8; `flips` [B] is boolean. The
-    padding is black (0 before normalisation), as in torchvision's RandomCrop followed by RandomHorizontalFlip.
+    `offsets` [B, 2] are the top and left corner of each crop in the image with its border, 0 to 2 * `shift`; `flips`
+    [B] is boolean. The border is black (`border` "zeros", before normalisation) or mirrors the image ("reflect", for a
+    `shift` below its side), as in torchvision's RandomCrop followed by RandomHorizontalFlip.
     """
     offsets, flips = offsets.to(images.device), flips.to(images.device)
     image, channel, row, column = (torch.arange(size, device=images.device) for size in images.shape)
     rows = offsets[:, 0, None] + row  # [B, H]
     columns = offsets[:, 1, None] + torch.where(flips[:, None], len(column) - 1 - column, column)  # [B, W]
-    padded = F.pad(images, (PADDING,) * 4)
-    return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    if border == "reflect":
+        rows, columns = _mirrored(rows - shift, len(row)), _mirrored(columns - shift, len(column))
+    else:
+        images = F.pad(images, (shift,) * 4)
+    return images[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+
+def _mirrored(places: Tensor, side: int) -> Tensor:
+    """The places inside an image of `side` pixels that places less than a side beyond its edges mirror."""
+    places = places.abs()
+    return torch.where(places < side, places, 2 * (side - 1) - places)
 
 
 def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
@@ -110,19 +120,28 @@ def batch_bounds(total: int, batch_size: int, least: int = 2) -> list[tuple[int,
 
 
 def training_batches(
-    split: Split, batch_size: int, seed: int, epoch: int, cutout: int = 0, part: tuple[int, int] = (0, 1)
+    split: Split,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    cutout: int = 0,
+    part: tuple[int, int] = (0, 1),
+    shift: int = SHIFT,
+    border: str = "zeros",
+    size: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of one epoch: normalised, augmented images [B, 3, H, W] (float32, channels_last) and labels [B].
 
     Order, crops, flips and the squares of `cutout` pixels come from (seed, epoch) alone, so that a resumed run draws
     the same as an undisturbed one. They are drawn on the CPU, the same for every device, and sent there at once. For
     `part`, (rank, number of processes), images are that part of each batch, labels all of it. A last batch of fewer
-    than two images a process joins the one before it.
+    than two images a process joins the one before it. `shift` and `border` are those of `augment`. With a `size` other
+    than their own, images are resized to it after all else (bilinear, antialiased).
     """
     total = len(split)
     draw = generator(seed, epoch)
     order = torch.randperm(total, generator=draw)
-    offsets = torch.randint(0, 2 * PADDING + 1, (total, 2), generator=draw)
+    offsets = torch.randint(0, 2 * shift + 1, (total, 2), generator=draw)
     flips = torch.rand(total, generator=draw) < 0.5
     drawn = [order, offsets, flips]
     if cutout:  # drawn last, so that all else is the same with and without
@@ -131,8 +150,10 @@ def training_batches(
     order, offsets, flips, *centres = (tensor.to(split.labels.device) for tensor in drawn)
     for start, end in batch_bounds(total, batch_size, 2 * part[1]):
         begin, stop = (start + place for place in share(end - start, part))
-        images = augment(split.images[order[begin:stop]], offsets[begin:stop], flips[begin:stop])
+        images = augment(split.images[order[begin:stop]], offsets[begin:stop], flips[begin:stop], shift, border)
         images = normalise(images, split.mean, split.std)
         if cutout:
             cut_out(images, centres[0][begin:stop], cutout)
+        if size and size != images.shape[-1]:
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         yield images, split.labels[order[start:end]]

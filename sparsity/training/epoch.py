@@ -26,6 +26,7 @@ def train_one_epoch(
 ) -> tuple[float, float]:
     """Train `model` in place on every batch (images [B, C, H, W], labels [B]); returns mean loss and accuracy in %.
 
+    In place of labels there may be class probabilities [B, classes]; the most probable class then counts as the label.
     Images are brought to the model's `memory_format`, which its weights should be in already. `dtype` other than
     float32 computes under autocast, with float32 weights. Accuracy is that of the predictions made while training.
     `on_batch` is told images and mean loss so far, `after_step` is called after each step. The loss is cross-entropy
@@ -102,4 +103,5 @@ def _backward(
             raise
         reason = one_line(error).split(" Set TORCHDYNAMO_VERBOSE")[0][:160]
         raise UserError(f"the network cannot be compiled here ({reason}); use --compile off") from error
-    return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+    classes = labels.argmax(dim=1) if labels.dim() > 1 else labels
+    return loss.detach(), (logits.detach().argmax(dim=1) == classes).sum()

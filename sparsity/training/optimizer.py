@@ -1,13 +1,19 @@
 """Optimizers, the schedule of the learning rate, and the moving average of weights."""
 
 import math
+from argparse import Namespace
 from itertools import compress
+from typing import NamedTuple
 
 import torch
 from torch import nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-OPTIMIZERS = {"sgd": optim.SGD, "adam": optim.Adam, "rmsprop": optim.RMSprop}
+from sparsity.system.machine import DTYPES
+from sparsity.training.muon import Muon, muon_groups
+from sparsity.training.schedule import linear_factor
+
+OPTIMIZERS = {"sgd": optim.SGD, "adam": optim.Adam, "rmsprop": optim.RMSprop, "muon": Muon}
 FUSED = ("sgd", "adam")  # run as one kernel for all parameters on CUDA
 
 
@@ -19,12 +25,17 @@ def make_optimizer(
     weight_decay: float,
     nesterov: bool = False,
     norm_weight_decay: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> optim.Optimizer:
     """The optimizer `name` of OPTIMIZERS, fused on CUDA; for adam `momentum` is the first beta.
 
     Without `norm_weight_decay` the parameters of one dimension, those of BatchNorm and the biases, are a second group
-    without weight decay (arXiv 1812.01187). `nesterov` is for sgd with momentum; others raise TypeError.
+    without weight decay (arXiv 1812.01187). `nesterov` is for sgd and muon with momentum; others raise TypeError. Muon
+    orthogonalises in `dtype`; its groups and rates are those of `muon_groups`.
     """
+    if name == "muon":
+        groups = muon_groups(model, learning_rate, weight_decay, norm_weight_decay)
+        return Muon(groups, learning_rate, momentum, weight_decay, nesterov, dtype)
     parameters = list(model.parameters())
     groups: list = parameters
     if not norm_weight_decay:
@@ -56,6 +67,11 @@ def make_schedule(optimizer: optim.Optimizer, t_max: int, warmup_epochs: int = 0
     return optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def make_linear_schedule(optimizer: optim.Optimizer, steps: int, warmup_share: float) -> optim.lr_scheduler.LRScheduler:
+    """`linear_factor` over `steps` batches, to be stepped after each; a batch has the learning rate of its middle."""
+    return optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_factor((step + 0.5) / steps, warmup_share))
+
+
 class MovingAverage(AveragedModel):
     """The exponential moving average of a network's weights and BatchNorm statistics; `module` is the averaged network.
 
@@ -79,3 +95,51 @@ class MovingAverage(AveragedModel):
             counts = [not floats for floats in floating]
             torch._foreach_copy_(list(compress(averages, counts)), list(compress(values, counts)))
         self.n_averaged += 1
+
+
+class Training(NamedTuple):
+    """All that training steps change: network, moving average of its weights if any, optimizer and schedule.
+
+    The schedule is stepped after each batch if `each_batch`, otherwise after each epoch.
+    """
+
+    model: nn.Module
+    average: MovingAverage | None
+    optimizer: optim.Optimizer
+    schedule: optim.lr_scheduler.LRScheduler
+    each_batch: bool = False
+
+    def after_batch(self) -> None:
+        """Update the moving average, and step the schedule if it goes by batches."""
+        if self.average:
+            self.average.update_parameters(self.model)
+        if self.each_batch:
+            self.schedule.step()
+
+    def after_epoch(self) -> None:
+        """Step the schedule if it goes by epochs."""
+        if not self.each_batch:
+            self.schedule.step()
+
+
+def build_training(args: Namespace, model: nn.Module, steps: int) -> Training:
+    """The training of `model` that the flags ask for, in epochs of `steps` batches."""
+    average = MovingAverage(model, args.ema) if args.ema else None
+    optimizer = build_optimizer(args, model)
+    if args.schedule_shape == "linear":
+        schedule = make_linear_schedule(optimizer, args.T_max * steps, args.warmup_share)
+        return Training(model, average, optimizer, schedule, each_batch=True)
+    return Training(model, average, optimizer, make_schedule(optimizer, args.T_max, args.warmup_epochs))
+
+
+def build_optimizer(args: Namespace, model: nn.Module) -> optim.Optimizer:
+    """The optimizer of `model` that the flags ask for, at the highest learning rate."""
+    rule = (args.learning_rate, args.momentum, args.weight_decay, args.nesterov, args.norm_weight_decay)
+    return make_optimizer(args.optimizer, model, *rule, DTYPES[args.precision])
+
+
+def epoch_rate(args: Namespace, optimizer: optim.Optimizer, epoch: int) -> float:
+    """The learning rate of an epoch that begins; that of its middle where it changes with each batch."""
+    if args.schedule_shape == "linear":
+        return args.learning_rate * linear_factor((epoch - 0.5) / args.T_max, args.warmup_share)
+    return optimizer.param_groups[0]["lr"]

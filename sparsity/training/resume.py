@@ -3,31 +3,23 @@
 import glob
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn, optim
+from torch import Tensor
 
 from sparsity.data.sources import Source
+from sparsity.networks import families
 from sparsity.networks.checkpoint import Checkpoint, load, plain_state
 from sparsity.system import processes
 from sparsity.system.errors import UserError
-from sparsity.training.optimizer import MovingAverage
+from sparsity.training.optimizer import Training
 from sparsity.training.recipe import DEFAULTS, contradiction
 
 # The settings that a resumed run must not change.
-EXPERIMENT = ("dataset", "image_size", "arch", "width", "optimizer", "momentum", "weight_decay", "seed", "precision")
-EXPERIMENT += ("recipe", *DEFAULTS)
+EXPERIMENT = ("dataset", "image_size", "arch", "width", "momentum", "weight_decay", "seed", "precision")
+EXPERIMENT += ("recipe", *DEFAULTS, "time_budget")
 MACHINE = ("device", "threads", "compile", "deterministic")  # these change the last bits only; that is said
 KEPT = (*EXPERIMENT, "epochs", "save_every", *MACHINE, "data_dir")  # the settings in a checkpoint
-
-
-class Training(NamedTuple):
-    """All that training steps change: network, moving average of its weights if any, optimizer and schedule."""
-
-    model: nn.Module
-    average: MovingAverage | None
-    optimizer: optim.Optimizer
-    schedule: optim.lr_scheduler.LRScheduler
 
 
 def find_training_state(args: Namespace) -> Checkpoint:
@@ -38,7 +30,8 @@ def find_training_state(args: Namespace) -> Checkpoint:
     """
     named = "dataset" in args.given and (args.dataset != "folder" or "data_dir" in args.given)
     name = glob.escape(Source(args.dataset, args.data_dir, 0).name) if named else "*"
-    states = sorted(args.checkpoint_dir.glob(f"{name}_{args.arch if 'arch' in args.given else '*'}_last.pth"))
+    arch = glob.escape(families.file_word(args.arch)) if "arch" in args.given else "*"
+    states = sorted(args.checkpoint_dir.glob(f"{name}_{arch}_last.pth"))
     if not states:
         raise UserError(f"nothing to resume: {args.checkpoint_dir} has no state of this run; leave --resume out")
     if len(states) > 1:
@@ -47,13 +40,14 @@ def find_training_state(args: Namespace) -> Checkpoint:
     state = load(states[0])
     if {"epoch", "optimizer", "schedule", "history"} - state.content.keys() or set(KEPT) - state.settings.keys():
         raise UserError(f"{state.path} is a checkpoint but no training state; leave --resume out to start anew")
+    families.require_named(state, families.named(args.arch, args.arch_args) if "arch" in args.given else None)
     continue_settings(args, state)
     return state
 
 
 def resume_words(args: Namespace, started: float) -> list[str]:
     """The words that a command needs in addition to resume its run, if the run has saved a state since `started`."""
-    states = args.checkpoint_dir.glob(f"*_{args.arch}_last.pth")
+    states = args.checkpoint_dir.glob(f"*_{glob.escape(families.file_word(args.arch))}_last.pth")
     if not args.resume and not any(path.stat().st_mtime > started for path in states):
         return []
     which = ("dataset", "data_dir", "arch")
@@ -66,17 +60,22 @@ def continue_settings(args: Namespace, state: Checkpoint) -> None:
     Raises UserError for flags that contradict the experiment's saved settings; says which differ of the machine's.
     """
     saved = state.settings | {"data_dir": Path(state.settings["data_dir"])}
+    saved |= {"arch_args": (state.model or {}).get("arch_args", {})}
+    if "arch" in args.given:
+        saved["arch"] = args.arch  # the same network, whatever the path of its file is by now
     given = {name: getattr(args, name) for name in args.given if getattr(args, name) != "auto"}
     given["processes"] = processes.size()
     changed = {name for name in given.keys() & saved.keys() if given[name] != saved[name]}
-    if clashing := [f"{name} {given[name]} (saved: {saved[name]})" for name in EXPERIMENT if name in changed]:
+    if clashing := [
+        f"{name} {given[name]} (saved: {saved[name]})" for name in (*EXPERIMENT, "arch_args") if name in changed
+    ]:
         raise UserError(f"{state.path} was trained otherwise: {', '.join(clashing)}; leave these flags or --resume out")
     for name in (*MACHINE, "processes"):
         if name in changed:
             print(f"{name}: {given[name]} now, {saved[name]} before; the result will not be the same to the bit")
     if changed & {"device", "deterministic", "processes"}:
         saved["compile"] = "auto"  # compiling that pays on the one machine may not on the other
-    vars(args).update({name: saved[name] for name in KEPT if name not in given})
+    vars(args).update({name: saved[name] for name in (*KEPT, "arch_args") if name not in given})
     if args.epochs < state.epoch:
         raise UserError(f"{state.path} has {state.epoch} epochs already, more than --epochs {args.epochs}")
     if problem := contradiction(args):

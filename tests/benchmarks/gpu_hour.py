@@ -228,8 +228,7 @@ def sweeps(hour: Hour) -> None:
 
 def strong(hour: Hour) -> None:
     """Stage 5."""
-    short = ["--warmup_epochs", 1] * (hour.args.epochs <= 5)
-    train(hour, "strong", "--recipe", "strong", *short, epochs=hour.args.epochs)
+    train(hour, "strong", "--recipe", "strong", epochs=hour.args.epochs)
 
 
 def recovery(hour: Hour) -> None:

@@ -7,25 +7,52 @@ import torch
 from torchvision.transforms import functional as torchvision_functional
 
 from sparsity.data.calibration import draw_calibration
-from sparsity.data.images import Split, augment, class_balanced_order, cut_out, normalise, training_batches
+from sparsity.data.images import (
+    Split,
+    augment,
+    batch_bounds,
+    class_balanced_order,
+    cut_out,
+    normalise,
+    training_batches,
+)
 
 
 def random_images(count=20, size=12):
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_augmentation_and_normalisation_equal_torchvision():
-    images, draw = random_images(), torch.Generator().manual_seed(1)
-    offsets, flips = torch.randint(0, 9, (20, 2), generator=draw), torch.rand(20, generator=draw) < 0.5
-    assert 0 < flips.sum() < 20
-    result = augment(images, offsets, flips)
+@pytest.mark.parametrize("shift", [0, 1, 3, 4, 11])
+@pytest.mark.parametrize(("border", "mode"), [("zeros", "constant"), ("reflect", "reflect")])
+def test_augmentation_equals_torchvision(shift, border, mode):
+    images, flips = random_images(), torch.arange(20) % 2 == 0
+    offsets = torch.randint(0, 2 * shift + 1, (20, 2), generator=torch.Generator().manual_seed(1))
+    offsets[:2] = torch.tensor([[0, 2 * shift], [2 * shift, 0]])  # the corners
+    result = augment(images, offsets, flips, shift, border)
     for image, (top, left), flip, found in zip(images, offsets.tolist(), flips.tolist(), result, strict=True):
-        expected = torchvision_functional.crop(torchvision_functional.pad(image, [4]), top, left, 12, 12)
+        padded = torchvision_functional.pad(image, [shift], padding_mode=mode)
+        expected = torchvision_functional.crop(padded, top, left, 12, 12)
         assert torch.equal(found, torchvision_functional.hflip(expected) if flip else expected)
+    if (shift, border) == (4, "zeros"):
+        assert torch.equal(augment(images, offsets, flips), result)
+
+
+def test_normalisation_equals_torchvision():
+    images = random_images()
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     expected = torchvision_functional.normalize(images.float() / 255, mean, std)
     torch.testing.assert_close(normalise(images, mean, std), expected, rtol=0, atol=2e-6)
     assert normalise(images, mean, std, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_resized_batches_are_those_of_full_size_resized():
+    full, small, same = (list(training_batches(split_of(21), 8, 3, 5, 4, size=size)) for size in (None, 8, 12))
+    assert len(full) == len(batch_bounds(21, 8))
+    for (images, labels), (resized, resized_labels), (kept, _) in zip(full, small, same, strict=True):
+        expected = torchvision_functional.resize(images, [8, 8], antialias=True)
+        torch.testing.assert_close(resized, expected)
+        assert resized.shape[2:] == (8, 8) and resized.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(kept, images) and torch.equal(labels, resized_labels)
 
 
 def split_of(count):

@@ -10,14 +10,16 @@ from conftest import train, train_arguments
 from helpers import assert_same, checkpoints, rows_of
 
 import run
-from sparsity.data.images import class_balanced_order
+from sparsity.data.images import class_balanced_order, training_batches
 from sparsity.data.sources import Source, load_split
 from sparsity.networks import checkpoint, families
 from sparsity.networks.evaluation import evaluate
 from sparsity.networks.inference import inference_copy
+from sparsity.networks.layers import memory_format
 from sparsity.system import machine
+from sparsity.training.recipe import parse_args
 
-STRONG = ["--recipe", "strong", "--epochs", "3", "--warmup_epochs", "1", "--ema", "0.6"]
+STRONG = ["--recipe", "strong", "--epochs", "3", "--ema", "0.6", "--cutout", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,39 @@ def test_the_tested_and_saved_network_is_the_moving_average(strong, image_folder
     assert all(("num_batches_tracked" in name) != (name in differing) for name in trained)
     assert state.content["averaged_steps"] == 9  # 48 images in batches of 16, three times
     test, _ = load_split(Source("folder", image_folder, 8), False, (state.data["mean"], state.data["std"]))
-    found = evaluate(inference_copy(families.restore(state)), test, 32)
+    found = evaluate(inference_copy(families.restore(state)[1]), test, 32)
     assert found.loss == pytest.approx(state.content["metrics"]["test_loss"], rel=1e-4)
-    assert [row["learning_rate"] for row in state.content["history"]] == pytest.approx([0.00625, 0.0125, 0.00625])
+    rates = [0.015 * part / 0.85 for part in (5 / 6, 0.5, 1 / 6)]  # in the middle of each epoch
+    assert [row["learning_rate"] for row in state.content["history"]] == pytest.approx(rates)
+    record = json.loads((strong / "images" / "colours_resnet18_training.json").read_text())
+    table = rows_of(strong / "images" / "colours_resnet18_training.csv")
+    assert record["image_sizes"] == [int(row["image_size"]) for row in table] == [4, 4, 8]
+    assert record["settings"].items() >= {"start_size": 4, "border": "reflect", "schedule_shape": "linear"}.items()
+
+
+def test_the_reference_recipe_is_a_plain_loop_to_the_bit(trained, image_folder):
+    saved = checkpoint.load(trained / "checkpoints" / "colours_resnet18_last.pth")
+    torch.manual_seed(0)
+    model = families.build(saved.model)
+    layout = memory_format(model)
+    model = model.to(memory_format=layout).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+    split, _ = load_split(Source("folder", image_folder, 8), train=True)
+    for epoch in (1, 2, 3):
+        for images, labels in training_batches(split, 16, 0, epoch):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images.contiguous(memory_format=layout)), labels).backward()
+            optimizer.step()
+        schedule.step()
+    assert_same(saved.net, dict(model.state_dict()))
+
+
+@pytest.mark.parametrize(("flags", "zero"), [(["--recipe", "strong"], True), ([], False), (["--zero_init"], True)])
+def test_residual_branches_start_at_zero_where_the_recipe_says_so(flags, zero):
+    args = parse_args(["--arch", "resnet18", "--width", "4", *flags])
+    model, _ = run.build_network(args, 3, None, torch.device("cpu"))
+    assert all(bool(block.bn2.weight.any()) != zero for block in model.layer3)
 
 
 def test_one_seed_gives_the_same_bits_again_and_another_others(strong, image_folder, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from sparsity.data.images import training_batches
 from sparsity.training.epoch import train_one_epoch
-from sparsity.training.optimizer import OPTIMIZERS, MovingAverage, make_optimizer, make_schedule
+from sparsity.training.optimizer import OPTIMIZERS, MovingAverage, make_linear_schedule, make_optimizer, make_schedule
 
 
 def rates_of(model, rate, epochs, *schedule_arguments):
@@ -32,8 +32,24 @@ def test_the_cosine_goes_down_up_and_down_after_a_warmup_in_equal_steps(small_ne
     assert rates_of(small_net, 0.2, 3, 25, 1)[:2] == pytest.approx([0.1, 0.2])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.5])
+def test_the_linear_schedule_rises_and_falls_in_equal_steps_to_zero(small_net, share):
+    optimizer = make_optimizer("muon", small_net, 0.2, 0.9, 0)
+    schedule, rates = make_linear_schedule(optimizer, 200, share), []
+    for _ in range(201):
+        first, _, third = (group["lr"] for group in optimizer.param_groups)
+        assert third == pytest.approx(first / 6)  # groups of other rates keep their proportion
+        rates.append(first)
+        optimizer.step()
+        schedule.step()
+    top = round(200 * share)
+    assert rates[:top] == pytest.approx([0.2 * (step + 0.5) / top for step in range(top)])
+    assert rates[top:200] == pytest.approx([0.2 * (199.5 - step) / (200 - top) for step in range(top, 200)])
+    assert sum(rates) == pytest.approx(200 * 0.1) and rates[200] == 0
+
+
 def test_settings_reach_the_optimizer(small_net):
-    for name in OPTIMIZERS:
+    for name in OPTIMIZERS.keys() - {"muon"}:
         momentum = {"betas": (0.8, 0.999)} if name == "adam" else {"momentum": 0.8}
         (group,) = make_optimizer(name, small_net, 0.1, 0.8, 0.01).param_groups
         assert group.items() >= ({"lr": 0.1, "weight_decay": 0.01} | momentum).items()

@@ -23,7 +23,9 @@ SETTINGS = {
     "bf16": "--T_max 2 --precision bf16",
     "adam": "--T_max 2 --optimizer adam --learning_rate 0.003",
     "rmsprop": "--T_max 2 --optimizer rmsprop --learning_rate 0.003",
-    "strong": "--recipe strong --warmup_epochs 2 --ema 0.6 --learning_rate 0.02 --T_max 2",
+    "cosine": "--recipe strong --schedule_shape cosine --warmup_epochs 2 --ema 0.6 --T_max 2 --start_size 0",
+    "strong": "--recipe strong --optimizer sgd --ema 0.6 --cutout 2 --T_max 4",
+    "muon": "--recipe strong --T_max 4 --precision bf16 --image_size 16",
 }
 
 
@@ -54,8 +56,36 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(image_fold
     check_resumed(image_folder, tmp_path, *flags.split())
 
 
+def test_a_training_on_growing_images_resumes_to_the_bit_after_each_epoch(image_folder, tmp_path, monkeypatch, capsys):
+    sizes, states, save = [4, 4, 8, 12, 16, 16], [], checkpoint.save
+
+    def save_and_keep(path, content):
+        save(path, content)
+        if path.name == STATE:
+            states.append(path.read_bytes())
+
+    for name in ("plot_training", "plot_confusion"):
+        monkeypatch.setattr(run, name, lambda *args: None)
+    monkeypatch.setattr(checkpoint, "save", save_and_keep)
+    flags = ["--recipe", "strong", "--epochs", "6", "--image_size", "16", "--start_size", "4", "--ema", "0.6"]
+    whole = checkpoints(train(image_folder, tmp_path / "whole", *flags))
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert [row["image_size"] for row in whole[STATE]["history"]] == sizes
+    for epoch, content in enumerate(states[:-1], start=1):
+        parts = tmp_path / str(epoch)
+        (parts / "checkpoints").mkdir(parents=True)
+        (parts / "checkpoints" / STATE).write_bytes(content)
+        capsys.readouterr()
+        assert run.main(["--resume", *places(image_folder, parts)]) == 0
+        lines = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch:")]
+        assert lines == [[f"Epoch: {index + 1}", f"{sizes[index]} pixels"] for index in range(epoch, 6)]
+        assert_same(whole, checkpoints(parts))
+    assert run.main(["--resume", "--epochs", "7", *places(image_folder, tmp_path / "whole")]) == 1
+    assert "--epochs 7 goes beyond --T_max 6" in capsys.readouterr().err
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["bf16", "adam", "strong"])
+@pytest.mark.parametrize("name", ["bf16", "adam", "strong", "muon"])
 def test_a_run_on_a_gpu_resumes_to_the_bit_from_a_state_on_the_cpu(image_folder, tmp_path, name):
     check_resumed(image_folder, tmp_path, *SETTINGS[name].split(), "--device", "cuda", "--deterministic")
     torch.use_deterministic_algorithms(False)
