@@ -8,6 +8,7 @@ import numpy as np
 from sparsity.system.files import write_csv
 
 HISTORY_COLUMNS = ("epoch", "learning_rate", "loss", "training_accuracy", "test_loss", "test_accuracy", "seconds")
+HISTORY_COLUMNS += ("image_size",)  # side in pixels of the training images
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:

@@ -103,6 +103,11 @@ def curve_name(curve: Curve) -> str:
     return f"{criterion} {allocation}" + ("" if recover == "none" else f" + {recover}")
 
 
+def column_mean(rows: list[Row], column: str) -> float:
+    """Mean of a column over the checkpoints of a level."""
+    return float(np.mean([getattr(row, column) for row in rows]))
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows atomically as CSV."""
     write_csv(path, COLUMNS, (asdict(row) | {"level": level_text(row.level)} for row in rows))

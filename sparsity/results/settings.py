@@ -6,7 +6,8 @@ from typing import Any
 from sparsity.system.errors import UserError
 from sparsity.system.methods import Curve
 
-WHERE_USED = ("calibration_images", "finetune", "engine")  # settings that are None in a sweep without use for them
+# Settings that are None in a sweep without use for them.
+WHERE_USED = ("calibration_images", "calibration_augmentation", "distill", "finetune", "engine")
 
 
 def require_header(header: Any) -> None:

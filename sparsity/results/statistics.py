@@ -1,4 +1,4 @@
-"""How sure a measured accuracy is: intervals, paired differences, means over checkpoints, the chosen level."""
+"""How sure an accuracy is: intervals, paired differences, means over checkpoints, the level chosen and shown."""
 
 import math
 from itertools import takewhile
@@ -9,8 +9,16 @@ import numpy as np
 
 from sparsity.system.errors import UserError
 
-UPPER = 0.975  # the probability below the upper end of a two-sided 95 % interval
-Z = NormalDist().inv_cdf(UPPER)
+CONFIDENCE = 0.95
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # for each checkpoint, the images [N] that two networks get right
+
+
+def z_quantile(confidence: float) -> float:
+    """Half the width of a two-sided interval of the standard normal distribution."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+Z = z_quantile(CONFIDENCE)
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -53,14 +61,6 @@ def mcnemar_p(lost: int, gained: int) -> float:
     return min(1.0, 2 * math.comb(n, fewer) * tail / (1 << (n + 192)))
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Adjusted p values in the order given, which hold for all tests together (S. Holm, Scand. J. Stat. 6, 1979)."""
-    order, adjusted = np.argsort(p_values, kind="stable"), np.empty(len(p_values))
-    raised = np.arange(len(p_values), 0, -1) * np.array(p_values)[order]
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(raised))
-    return adjusted.tolist()
-
-
 def class_accuracy(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Share of the images of each class that are predicted as it, [classes]; nan for a class without images."""
     images = np.bincount(labels, minlength=classes)
@@ -68,17 +68,48 @@ def class_accuracy(predictions: np.ndarray, labels: np.ndarray, classes: int) ->
     return np.divide(right, images, out=np.full(len(images), math.nan), where=images > 0)
 
 
-def paired_difference(correct: np.ndarray, dense_correct: np.ndarray) -> Estimate:
-    """Accuracy of a network minus that of the dense one, as a share, from the images [N] that each gets right.
+def paired_difference(pairs: Pairs, confidence: float = CONFIDENCE) -> Estimate:
+    """Accuracy of one network minus that of another, as a share: the mean over checkpoints, with its interval.
 
-    The interval is that of Bonett and Price (J. Educ. Behav. Stat. 37, 2012): Wald's for paired proportions after
-    adding one to each of the two discordant counts, so that it has a width even when no image differs.
+    `pairs` has for each checkpoint the images [N] that the two networks get right. For one checkpoint the interval is
+    that of Bonett and Price (J. Educ. Behav. Stat. 37, 2012): Wald's for paired proportions after one image was added
+    to each of the two discordant counts, so that it has a width even when no image differs; it covers other test
+    images. For several, half its width is the root of the sum of two squares: that of the same interval for the means
+    over checkpoints, image by image, and that of Student's t over checkpoints; it covers other test images and other
+    checkpoints.
     """
-    n = len(correct)
-    lost, gained = discordant(correct, dense_correct)
-    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return Estimate((gained - lost) / n, max(-1.0, p - q - half), min(1.0, p - q + half))
+    changes = np.array([right.astype(float) - base for right, base in pairs])
+    images = np.append(changes.mean(axis=0), (1, -1))
+    value, middle = float(changes.mean()), float(images.mean())
+    half = z_quantile(confidence) * float(images.std()) / math.sqrt(len(images))
+    if len(pairs) > 1:
+        over = mean_interval(changes.mean(axis=1).tolist(), confidence)
+        middle, half = value, math.hypot(half, over.high - over.value)
+    return Estimate(value, max(-1.0, middle - half), min(1.0, middle + half))
+
+
+def holm_intervals(comparisons: list[Pairs], level: float = CONFIDENCE) -> list[tuple[Estimate, bool]]:
+    """The paired difference of each comparison, and whether it differs from 0 by Holm's procedure over all of them.
+
+    The procedure (S. Holm, Scand. J. Stat. 6, 1979) says of no two equally accurate networks that they differ, with
+    probability `level`. With k comparisons undecided, each interval is taken at 1 - (1 - level) / k; those without 0
+    are decided, and the rest is taken again. An interval is that of the step that decides it, or of the last one: it is
+    without 0 exactly where the two differ.
+    """
+    found: dict[int, tuple[Estimate, bool]] = {}
+    while open_ := [index for index in range(len(comparisons)) if index not in found]:
+        confidence = simultaneous(len(open_), level)
+        estimates = {index: paired_difference(comparisons[index], confidence) for index in open_}
+        decided = {
+            index for index, estimate in estimates.items() if printed(estimate.low) > 0 or printed(estimate.high) < 0
+        }
+        found |= {index: (estimates[index], index in decided) for index in decided or open_}
+    return [found[index] for index in range(len(comparisons))]
+
+
+def simultaneous(count: int, level: float = CONFIDENCE) -> float:
+    """The confidence at which `count` intervals hold together with probability `level` or more (Bonferroni)."""
+    return 1 - (1 - level) / max(1, count)
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
@@ -110,66 +141,90 @@ def _t_distribution(t: float, degrees: int) -> float:
     return 0.5 + inner / 2
 
 
-def mean_interval(values: list[float]) -> Estimate:
+def mean_interval(values: list[float], confidence: float = CONFIDENCE) -> Estimate:
     """Mean over checkpoints with Student's t interval (Biometrika 6, 1908), which is nan around one value."""
     (mean, deviation), n = mean_and_deviation(values), len(values)
-    half = t_quantile(UPPER, n - 1) * deviation / math.sqrt(n) if n > 1 else math.nan
+    half = t_quantile((1 + confidence) / 2, n - 1) * deviation / math.sqrt(n) if n > 1 else math.nan
     return Estimate(mean, mean - half, mean + half)
 
 
-def choosing_half(labels: np.ndarray) -> np.ndarray:
-    """The fixed, class-balanced half of the test images on which a level is chosen: boolean [N].
+def halves(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two fixed, class-balanced halves of the test images, boolean [N]: one to choose on, the other to report on.
 
-    Every second image of each class, in the order given; the other half is for the report.
+    Every second image of each class, in the order given, is for choosing. Raises UserError where no class has two.
     """
-    half = np.zeros(len(labels), dtype=bool)
+    choosing = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
-        half[np.flatnonzero(labels == label)[::2]] = True
-    return half
+        choosing[np.flatnonzero(labels == label)[::2]] = True
+    if choosing.all():
+        raise UserError("two images a class are the least that a level can be chosen and reported on")
+    return choosing, ~choosing
 
 
-class Choice(NamedTuple):
-    """The highest level within tolerance, with its figures on the `images` not used for choosing (shares, not percent).
+def choose_level(levels: dict[float, Pairs], choosing: np.ndarray, tolerance: float) -> float | None:
+    """The highest level within `tolerance` (a share) of dense, on the images `choosing` (boolean [N]); None if none is.
 
-    `level` is None when no level is within tolerance, and the shares are nan. `lost` and `gained` count images; they
-    are None with several checkpoints, which share their images.
+    `levels` ascend; their pairs are the pruned and the dense network of each checkpoint, and the mean over checkpoints
+    decides. A level counts only when every lower one of `levels` is within tolerance as well.
+    """
+    limit = -tolerance - 1e-9  # the margin keeps a loss of exactly the tolerance within
+    passed = takewhile(lambda level: mean_change(levels[level], choosing) >= limit, levels)
+    return max(passed, default=None)
+
+
+def mean_change(pairs: Pairs, part: np.ndarray) -> float:
+    """Accuracy of the first networks minus that of the second ones on the images `part`, mean over checkpoints."""
+    return fmean(float(right[part].mean()) - float(base[part].mean()) for right, base in pairs)
+
+
+def printed(share: float) -> float:
+    """A share in percent with the two digits that are printed: verdicts go by them, so that they fit the figures."""
+    return round(100 * share, 2)
+
+
+class Verdict(NamedTuple):
+    """The level chosen of a curve, None where none is, and whether the other half of the images shows it.
+
+    `difference` to dense is that on the reporting half, nan without a level; its interval is one of `family` that hold
+    together. `shown`: the interval lies above the tolerance. `shown_level` is the chosen level if that is shown, else
+    the highest one below it up to which every measured level is, or None.
     """
 
     level: float | None
-    images: int
-    accuracy: float = math.nan
-    dense: float = math.nan
-    difference: Estimate = Estimate(math.nan, math.nan, math.nan)
-    lost: int | None = None
-    gained: int | None = None
+    difference: Estimate
+    family: int
+    shown: bool
+    shown_level: float | None
 
 
-def choose_level(
-    levels: list[float], correct: list[list[np.ndarray]], dense: list[np.ndarray], labels: np.ndarray, tolerance: float
-) -> Choice:
-    """Choose on one half of the images the highest level within `tolerance` (a share) of dense, report on the other.
+def judge(curves: list[dict[float, Pairs]], labels: np.ndarray, tolerance: float) -> list[Verdict]:
+    """Choose a level of each curve within `tolerance` (a share) on one half of the images, and judge it on the other.
 
-    `levels` ascend; `correct[i][c]` is boolean [N], the images that checkpoint c gets right at level i, and `dense[c]`
-    those that it gets right unpruned. A level counts only when every lower one is within tolerance as well. With
-    several checkpoints their mean decides, and the interval is over checkpoints instead of images. Raises UserError
-    where no class has two images, one for each half.
+    A curve is its ascending levels with their pairs, pruned and dense. The family is the curves that chose a level
+    above 0 %: which ones, does not depend on the reporting half. Lower levels are tested upwards, up to the first that
+    is not shown, an order that needs no correction for their number. With this second test, "shown" is said of a level
+    whose true loss is the tolerance or more in at most 5 % of the sweeps: 2.5 % for each test, shared by the family.
     """
-    choosing = choosing_half(labels)
-    reporting = ~choosing
-    if not reporting.any():
-        raise UserError("two images a class are the least that a level can be chosen and reported on")
+    choosing, reporting = halves(labels)
+    chosen = [choose_level(levels, choosing, tolerance) for levels in curves]
+    family, verdicts = sum(bool(level) for level in chosen), []
+    confidence = simultaneous(family)
 
-    def accuracy_of(rights: list[np.ndarray], part: np.ndarray) -> float:
-        return fmean(float(right[part].mean()) for right in rights)
+    def difference(pairs: Pairs) -> Estimate:
+        return paired_difference(on(pairs, reporting), confidence)
 
-    limit = accuracy_of(dense, choosing) - tolerance - 1e-9  # the margin keeps a loss of exactly the tolerance within
-    count = sum(1 for _ in takewhile(lambda rights: accuracy_of(rights, choosing) >= limit, correct))
-    images = int(reporting.sum())
-    if not count:
-        return Choice(None, images)
-    level, rights = levels[count - 1], correct[count - 1]
-    accuracies = accuracy_of(rights, reporting), accuracy_of(dense, reporting)
-    pairs = [(right[reporting], base[reporting]) for right, base in zip(rights, dense, strict=True)]
-    if len(pairs) == 1:
-        return Choice(level, images, *accuracies, paired_difference(*pairs[0]), *discordant(*pairs[0]))
-    return Choice(level, images, *accuracies, mean_interval([paired_difference(*pair).value for pair in pairs]))
+    def is_shown(estimate: Estimate) -> bool:
+        return printed(estimate.low) > -100 * tolerance
+
+    for levels, level in zip(curves, chosen, strict=True):
+        estimate = Estimate(math.nan, math.nan, math.nan) if level is None else difference(levels[level])
+        shown = bool(level) and is_shown(estimate)
+        lower = [other for other in levels if level and 0 < other < level]
+        below = takewhile(lambda other, levels=levels: is_shown(difference(levels[other])), lower)
+        verdicts.append(Verdict(level, estimate, family, shown, level if shown else max(below, default=None)))
+    return verdicts
+
+
+def on(pairs: Pairs, part: np.ndarray) -> Pairs:
+    """The pairs on some of the images, boolean [N]."""
+    return [(right[part], base[part]) for right, base in pairs]

@@ -18,7 +18,8 @@ from sparsity.system.files import write_atomic, write_json
 from sparsity.system.methods import Curve
 
 IMAGES = ("calibration_sha256", "training_sha256")  # hashes in the JSON, of images of the training split
-KEPT = (*IMAGES, "summary", "measurement", "exports", "controls")  # entries that a later run takes over
+KEPT = (*IMAGES, "summary", "comparisons", "measurement", "exports", "controls")  # entries that a later run takes over
+RUN = ("command", "machine", "versions")  # entries of the latest run; `commands` lists those of all that measured
 
 
 class Sweep:
@@ -57,6 +58,7 @@ class Sweep:
         """Keep the predictions [N] of the untouched checkpoint, and its figures."""
         self.dense[checkpoint] = self._compact(predictions)
         self.header["dense"][checkpoint] = figures
+        self._credit()
         self._write_predictions()
         write_json(self.files.json, self.header)
 
@@ -67,13 +69,29 @@ class Sweep:
 
     def merge(self, key: str, entries: dict[str, Any]) -> None:
         """Keep further lines of a table in the JSON."""
-        self.record(key, self.header.get(key, {}) | entries)
+        table = self.header.get(key, {}) | entries
+        if table != self.header.get(key):
+            self._credit()
+        self.record(key, table)
 
     def add(self, row: Row, predictions: np.ndarray, zeros: dict[str, int]) -> None:
         """Keep a finished row, its predictions [N], and the zeros of each layer of its network."""
         self._take(row, self._compact(predictions), np.array([zeros[name] for name in self.layers], dtype=np.int64))
         self._sort()
+        if self._credit():
+            write_json(self.files.json, self.header)  # before the row, which is then never without its command
         self._write()
+
+    def _credit(self) -> bool:
+        """List this run in the JSON's `commands`; returns whether it was not there."""
+        return self._add_commands([_run_of(self.header)])
+
+    def _add_commands(self, runs: Iterable[dict[str, Any]]) -> bool:
+        """List runs in the JSON's `commands`, each once; returns whether one was new."""
+        commands = self.header.setdefault("commands", [])
+        new = [run for run in runs if run and run not in commands]
+        commands += new
+        return bool(new)
 
     def _take(self, row: Row, predictions: np.ndarray, zeros: np.ndarray) -> None:
         """Keep a row in memory."""
@@ -101,6 +119,7 @@ class Sweep:
         for part in parts:
             for key, row in part.rows.items():
                 self._take(row, part.predictions[key], part.zeros[key])
+            self._add_commands(part.header.get("commands", []))
             if exports := {key: entry for key, entry in part.header.get("exports", {}).items() if key in part.rows}:
                 self.header["exports"] = self.header.get("exports", {}) | exports
         if parts:
@@ -204,8 +223,19 @@ def open_sweep(
         header["curves"] = curves
     header["dense"] = {name: found.header["dense"][name] for name in found.dense}
     header |= {key: found.header[key] for key in KEPT if key in found.header}
+    header["commands"] = found.header.get("commands") or list(filter(None, [_run_of(found.header)]))
     found.header = header
     return found
+
+
+def dense_accuracy(sweep: Sweep) -> float:
+    """Test accuracy of the unpruned network in percent, mean over checkpoints."""
+    return float(np.mean([figures["accuracy"] for figures in sweep.header["dense"].values()]))
+
+
+def _run_of(header: dict[str, Any]) -> dict[str, Any]:
+    """The latest run of a JSON: its command, machine (with threads and number of processes) and versions."""
+    return {key: header[key] for key in RUN if key in header}
 
 
 def join_parts(files: SweepFiles, restart: bool = False) -> None:

@@ -44,7 +44,7 @@ def test_the_comparison_counts_both_ways_and_keeps_a_tiny_p():
 
 def test_a_training_has_a_row_an_epoch_and_counts_every_image_once(tmp_path):
     path = tmp_path / "t.csv"
-    rows = [dict(zip(HISTORY_COLUMNS, (epoch, 0.1, 2.5, 30.0, 2.25, 40.0, 1.5), strict=True)) for epoch in (1, 2)]
+    rows = [dict(zip(HISTORY_COLUMNS, (epoch, 0.1, 2.5, 30.0, 2.25, 40.0, 1.5, 20), strict=True)) for epoch in (1, 2)]
     write_history(path, rows)
     assert [{name: float(value) for name, value in row.items()} for row in rows_of(path)] == rows
     labels, predictions = np.array([0, 0, 2, 2, 2]), np.array([0, 2, 2, 2, 0])

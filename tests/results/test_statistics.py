@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 
 from sparsity.results import statistics
-from sparsity.results.statistics import choose_level, choosing_half, holm, mcnemar_p, mean_interval, wilson_interval
+from sparsity.results.statistics import (
+    choose_level,
+    halves,
+    holm_intervals,
+    judge,
+    mcnemar_p,
+    mean_interval,
+    paired_difference,
+    printed,
+    simultaneous,
+    wilson_interval,
+)
 from sparsity.system.errors import UserError
 
 Z = 1.959963984540054
@@ -46,9 +57,11 @@ def test_paired_difference_by_hand_and_of_networks_that_are_always_right_or_wron
     assert statistics.discordant(correct, dense) == (7, 2)
     p, q = 3 / 102, 8 / 102
     half = Z * math.sqrt((p + q - (p - q) ** 2) / 102)
-    assert statistics.paired_difference(correct, dense) == pytest.approx((-0.05, p - q - half, p - q + half), abs=1e-12)
+    assert paired_difference([(correct, dense)]) == pytest.approx((-0.05, p - q - half, p - q + half), abs=1e-12)
+    wider = paired_difference([(correct, dense)], 0.99)
+    assert (wider.high - wider.low) / (2 * half) == pytest.approx(2.5758293035489004 / Z, abs=1e-9)
     for right, dense_right in ((1, 1), (0, 0), (0, 1), (1, 0)):  # there is an interval even around these
-        found = statistics.paired_difference(np.full(100, bool(right)), np.full(100, bool(dense_right)))
+        found = paired_difference([(np.full(100, bool(right)), np.full(100, bool(dense_right)))])
         assert found.value == right - dense_right
         assert -1 <= found.low <= found.value <= found.high <= 1 and found.low < found.high
 
@@ -65,11 +78,36 @@ def test_mcnemar_is_the_exact_sum():
     assert mcnemar_p(30_500, 29_500) == pytest.approx(normal, rel=1e-2)
 
 
-def test_holm_by_hand():
-    # Four tests: 4 x 0.005, 3 x 0.01, then 2 x 0.03 = 0.06, which 1 x 0.04 may not undercut.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02], abs=1e-12)
-    assert holm([0.5, 0.9, 0.7]) == [1, 1, 1]
-    assert (holm([0.02, 0.02]), holm([0.04]), holm([])) == ([0.04, 0.04], [0.04], [])
+def test_several_checkpoints_cover_images_and_checkpoints():
+    base = np.ones(100, dtype=bool)
+    pairs = [(np.arange(100) >= lost, base) for lost in (2, 4, 9)]
+    changes = np.append(np.mean([right.astype(float) - 1 for right, _ in pairs], axis=0), (1, -1))
+    over_images = Z * np.std(changes) / math.sqrt(102)
+    over_checkpoints = T2 * np.std([0.02, 0.04, 0.09], ddof=1) / math.sqrt(3)
+    half = math.hypot(over_images, over_checkpoints)
+    assert paired_difference(pairs) == pytest.approx((-0.05, -0.05 - half, -0.05 + half), abs=1e-9)
+    alike = paired_difference(pairs[:1] * 2)  # two that lose the same are no proof that all do
+    assert alike.high - alike.low > 0.05
+
+
+def with_lost(lost, images=1000):
+    return [(np.arange(images) >= lost, np.ones(images, dtype=bool))]
+
+
+def test_holm_decides_in_steps_and_an_interval_is_without_0_exactly_where_it_decides():
+    assert simultaneous(4) == pytest.approx(0.9875) and simultaneous(0) == simultaneous(1) == 0.95
+    single = [paired_difference(with_lost(lost)) for lost in (30, 8, 7, 1)]
+    assert [estimate.high < 0 for estimate in single] == [True, True, True, False]
+    found = holm_intervals([with_lost(lost) for lost in (30, 8, 7, 1)])
+    # At 1 - 0.05/4 only 30 and 8 differ; at 1 - 0.05/2 7 does; then 1 is left alone.
+    assert [differs for _, differs in found] == [True, True, True, False]
+    confidences = [1 - 0.05 / count for count in (4, 4, 2, 1)]
+    expected = [
+        paired_difference(with_lost(*pair[:1]), pair[1]) for pair in zip((30, 8, 7, 1), confidences, strict=True)
+    ]
+    assert [estimate for estimate, _ in found] == expected
+    assert [differs for _, differs in holm_intervals([with_lost(7)] * 4)] == [False] * 4  # each alone would
+    assert holm_intervals([]) == []
 
 
 def test_class_accuracy_by_hand():
@@ -79,28 +117,30 @@ def test_class_accuracy_by_hand():
 
 
 LABELS = np.repeat(np.arange(2), 100)
+CHOOSING, REPORTING = halves(LABELS)
 
 
 def right(choosing, reporting):
     """Images [200] that a network gets right: these shares of each half."""
-    result, half = np.zeros(200, dtype=bool), choosing_half(LABELS)
-    for part, share in ((half, choosing), (~half, reporting)):
+    result = np.zeros(200, dtype=bool)
+    for part, share in ((CHOOSING, choosing), (REPORTING, reporting)):
         result[np.flatnonzero(part)[: round(share * 100)]] = True
     return result
 
 
-def test_the_level_is_chosen_on_one_half_and_reported_on_the_other():
-    half = choosing_half(np.arange(60) % 3)  # the halves are balanced
-    assert np.bincount(np.arange(60)[half] % 3).tolist() == [10, 10, 10]
-    # 40 % looks fine on the choosing half alone, 60 % on the reporting half alone.
-    rows = [[right(0.90, 0.80)], [right(0.895, 0.70)], [right(0.50, 0.80)]]
-    choice = choose_level([0, 40, 60], rows, [right(0.90, 0.80)], LABELS, tolerance=0.01)
-    assert (choice.level, choice.images, choice.accuracy, choice.dense) == (40, 100, 0.70, 0.80)
-    assert choice.difference.value == pytest.approx(-0.10)
-    assert choice.difference.low < -0.10 < choice.difference.high
-    assert (choice.lost, choice.gained) == (10, 0)
+def test_the_halves_are_balanced_and_apart():
+    choosing, reporting = halves(np.arange(60) % 3)
+    assert np.bincount(np.arange(60)[choosing] % 3).tolist() == [10, 10, 10]
+    assert (choosing != reporting).all()
     with pytest.raises(UserError, match="two images a class"):  # one cannot be halved
-        choose_level([0], [[np.ones(2, dtype=bool)]], [np.ones(2, dtype=bool)], np.array([0, 1]), 0.01)
+        halves(np.array([0, 1]))
+
+
+def test_the_level_is_chosen_on_one_half_alone():
+    dense = right(0.9, 0.9)
+    # 40 % looks fine on the choosing half alone, 60 % on the reporting half alone.
+    levels = {0: right(0.9, 0.9), 40: right(0.895, 0.1), 60: right(0.5, 0.9)}
+    assert choose_level({level: [(found, dense)] for level, found in levels.items()}, CHOOSING, 0.01) == 40
 
 
 def test_every_lower_level_is_within_tolerance_as_well():
@@ -110,14 +150,66 @@ def test_every_lower_level_is_within_tolerance_as_well():
         ([0.5, 0.9, 0.9], None),
         ([0.9, 0.89, 0.88], 50),  # a loss of exactly the tolerance is within it
     ):
-        rows = [[right(share, 0.9)] for share in shares]
-        assert choose_level([0, 50, 100], rows, [right(0.9, 0.9)], LABELS, 0.01).level == level
+        levels = {at: [(right(share, 0.9), right(0.9, 0.9))] for at, share in zip((0, 50, 100), shares, strict=True)}
+        assert choose_level(levels, CHOOSING, 0.01) == level
+    assert choose_level({}, CHOOSING, 0.01) is None
 
 
 def test_several_checkpoints_decide_by_their_mean():
     dense = [right(0.9, 0.9), right(0.8, 0.8), right(0.85, 0.85)]
-    rows = [[right(0.91, 0.9), right(0.78, 0.79), right(0.85, 0.82)]]
-    choice = choose_level([50], rows, dense, LABELS, 0.01)
-    mean, half = np.mean([0, -0.01, -0.03]), T2 * np.std([0, -0.01, -0.03], ddof=1) / math.sqrt(3)
-    assert choice.difference == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
-    assert (choice.level, choice.lost, choice.gained) == (50, None, None)
+    for last, level in ((0.85, 50), (0.82, None)):
+        found = [right(0.91, 0.9), right(0.78, 0.79), right(last, 0.82)]
+        assert choose_level({50: list(zip(found, dense, strict=True))}, CHOOSING, 0.01) == level
+
+
+def curve(**losses):
+    """Levels that lose so many of the 100 images of each half, (choosing, reporting), against a dense network."""
+    shares = {float(name[1:]): pair for name, pair in losses.items()}
+    return {level: [(right(*(1 - lost / 100 for lost in pair)), right(1, 1))] for level, pair in shares.items()}
+
+
+def test_a_chosen_level_is_judged_on_the_other_half_and_else_the_levels_below_it():
+    def found(*curves, tolerance=0.08):
+        return [(verdict.level, verdict.shown, verdict.shown_level) for verdict in judge(curves, LABELS, tolerance)]
+
+    # One image lost of 100: the interval reaches to about -0.044, seven lost: to -0.133.
+    assert found(curve(_0=(0, 0), _5=(1, 1))) == [(5, True, 5)]
+    assert found(curve(_5=(1, 1), _9=(5, 7), _20=(50, 1))) == [(9, False, 5)]
+    assert found(curve(_5=(1, 1), _9=(5, 7), _12=(1, 1), _20=(8, 7))) == [(20, False, 5)]  # 9 % ends the order
+    assert found(curve(_0=(0, 0), _9=(5, 7))) == [(9, False, None)]  # 0 % is not shown instead
+    assert found(curve(_0=(0, 0), _5=(9, 0))) == [(0, False, None)]
+    assert found(curve(_5=(9, 0)), {}) == [(None, False, None)] * 2
+    assert math.isnan(judge([{}], LABELS, 0.08)[0].difference.low)
+
+
+def test_the_interval_and_the_verdict_are_corrected_for_the_curves_that_chose_a_level_above_0():
+    one, others = curve(_5=(1, 2)), [curve(_0=(0, 0), _5=(9, 9)), curve(_5=(9, 9))]
+    difference = paired_difference([(right(0.99, 0.98)[REPORTING], right(1, 1)[REPORTING])])
+    tolerance = 0.0001 - printed(difference.low) / 100  # which the interval just stays within
+    (alone, *_), (among, *_) = judge([one, *others], LABELS, tolerance), judge([one] * 3, LABELS, tolerance)
+    assert (alone.family, alone.difference, alone.shown) == (1, difference, True)
+    assert (among.family, among.shown) == (3, False) and among.difference.low < difference.low
+    for loss in (0.0001, -0.0001):  # verdicts go by the digits that are printed
+        (verdict,) = judge([one], LABELS, -printed(difference.low) / 100 + loss)
+        assert verdict.shown == (loss > 0)
+
+
+@pytest.mark.parametrize("losses", [(0.01, 0.01, 0.01), (0.002, 0.008, 0.01)])
+def test_a_level_that_loses_the_tolerance_is_called_shown_in_at_most_one_of_twenty_sweeps(losses):
+    """Simulated sweeps of four curves with these true losses, and of one with none of it, which is shown mostly."""
+    draw, labels, sweeps = np.random.default_rng(0), np.zeros(2000, dtype=int), 200
+
+    def simulated(dense, losses):
+        chance = draw.random(len(dense))
+        return {
+            level: [(np.where(dense, chance > (0.01 + loss) / 0.9, chance < 0.01 / 0.1), dense)]
+            for level, loss in enumerate(losses, 1)
+        }
+
+    wrong = right_ = 0
+    for _ in range(sweeps):
+        dense = draw.random(len(labels)) < 0.9
+        verdicts = judge([simulated(dense, losses) for _ in range(4)], labels, 0.01)
+        wrong += any(verdict.shown_level and losses[verdict.shown_level - 1] >= 0.01 for verdict in verdicts)
+        right_ += judge([simulated(dense, [0.0])], labels, 0.01)[0].shown
+    assert 0 < wrong <= 0.05 * sweeps and 0.3 * sweeps < right_

@@ -163,6 +163,41 @@ def test_the_summary_stays_rows_of_another_machine_are_told_and_the_fingerprint_
     assert len(prints) == 2 and again.fingerprint() not in prints
 
 
+def run_by(command, processes=1):
+    return {"command": command, "machine": {"device": "this one", "processes": processes}, "versions": {"numpy": "2"}}
+
+
+def commands(files):
+    return [(run["command"], run["machine"]["processes"]) for run in json.loads(files.json.read_text())["commands"]]
+
+
+def test_every_command_that_added_rows_is_kept_with_its_machine_and_versions(files):
+    sweep = begin(files, header() | run_by("first"))
+    add(sweep, made_row(0.0), made_row(40.0))
+    reopen(files, header() | run_by("nothing new")).begin()
+    again = reopen(files, header() | run_by("by two", 2))
+    again.begin()
+    parts = [again.part(1)]
+    add(parts[0], made_row(50.0))
+    assert commands(files) == [("first", 1)]
+    again.join(read_sweep(part) for part in files.parts())
+    assert commands(files) == [("first", 1), ("by two", 2)]
+    assert json.loads(files.json.read_text())["commands"][0] == run_by("first")
+    again = reopen(files, header() | run_by("controls"))
+    for _ in range(2):
+        again.merge("controls", {"a": {"sha256": "1"}})
+    assert commands(files)[2:] == [("controls", 1)]
+    content = json.loads(files.json.read_text())
+    del content["commands"]  # of files from before there was a list, the last command is known
+    files.json.write_text(json.dumps(content | run_by("last")))
+    add(reopen(files, header() | run_by("next")), made_row(60.0))
+    assert commands(files) == [("last", 1), ("next", 1)]
+    restarted = reopen(files, header() | run_by("all again"), restart=True)
+    restarted.begin()
+    add(restarted, made_row(0.0))
+    assert commands(files) == [("all again", 1)]
+
+
 def test_a_kill_between_npz_and_csv_loses_only_that_row(files):
     fill(files, (0.0,))
     csv = files.csv.read_bytes()
