@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from sparsity.data.images import Split
+from sparsity.figures import heatmaps, style
 
 CLASSES = ("green", "red", "violet")
 TINY = ["--arch", "resnet18", "--width", "4", "--image_size", "8", "--batch_size", "16", "--precision", "fp32"]
@@ -176,3 +177,18 @@ def threads_as_found():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are made, which are not drawn."""
+    made = []
+    keep = lambda figure, path, *title: made.append(figure) or figure.suptitle("\n".join(title))  # noqa: E731
+    monkeypatch.setattr(style, "save_figure", keep)
+    return made
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """Have the heat maps return their panels instead of drawing them."""
+    monkeypatch.setattr(heatmaps, "_plot", lambda sweep, path, about, panels, **more: panels)

@@ -1,22 +1,31 @@
 """What pruning really saved, in words and as pictures: ratios, bytes, time, multiply-adds, from the data files only."""
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsity.figures import style
-from sparsity.results.rows import SPARSE_NOTE, Row, curve_name, read_rows
-from sparsity.results.store import Sweep
-from sparsity.results.summary import column_mean
+from sparsity.figures.labels import Label, Place, place_labels
+from sparsity.results.rows import SPARSE_NOTE, Row, column_mean, curve_name, points, read_rows
+from sparsity.results.store import Sweep, dense_accuracy
 from sparsity.system.flags import level_text
 
-Pairs = list[tuple[float, float]]  # cost and accuracy of networks
 Costs = dict[str, Callable[[Row], float | None]]  # label of a panel -> cost of a row, None or 0 where it is unknown
 MOST_RATIO = 1000  # nothing is left of smaller networks worth drawing
+NEAR = 1.0  # points below dense that a title still calls near
+
+
+class Point(NamedTuple):
+    """A network in a panel of costs."""
+
+    cost: float
+    accuracy: float
+    name: str
+    colour: str = "black"
 
 
 def savings_lines(sweep: Sweep) -> list[str]:
@@ -56,92 +65,174 @@ def plot_tradeoff(sweep: Sweep) -> Path:
         "compression: all parameters / nonzero ones": lambda row: row.compression,
         "multiply-adds of dense / those with nonzero weights": lambda row: row.macs_ratio,
     }
-    figure = Figure(figsize=(11, 5 + 0.2 * math.ceil(len(sweep.curves()) / 3)), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     for axes, (label, ratio) in zip(figure.subplots(1, 2, sharey=True), ratios.items(), strict=True):
-        highest = max([2.0, *(x for x, _ in _draw_curves(axes, sweep, ratio))])
-        style.scale_accuracy(axes, label, xlim=(0.93, 1.15 * highest))
-        style.use_log_scale(axes, "x")
+        highest = max([dense_accuracy(sweep), *(point.accuracy for point in _draw_curves(axes, sweep, ratio))])
+        axes.set_xlabel(label)
+        style.scale_x(axes, log=True, unit="x")
+        style.scale_accuracy(axes, high=highest)
         style.draw_references(axes, sweep)
     figure.axes[0].set_ylabel("test accuracy (%)")
     style.name_lines(figure)
-    return style.save_figure(figure, sweep.files.with_suffix("_tradeoff.png"), sweep.header["title"])
+    path = sweep.files.with_suffix("_tradeoff.png")
+    return style.save_figure(figure, path, _tradeoff_message(sweep, ratios), sweep.header["title"])
+
+
+def _tradeoff_message(sweep: Sweep, ratios: Costs) -> str:
+    """How far the ratios go, and by which curve, of networks that lose at most NEAR points against dense."""
+    parts = []
+    for what, ratio in zip(("parameters", "multiply-adds"), ratios.values(), strict=True):
+        found = [(1.0, "")]
+        for curve, levels in sweep.curves().items():
+            near = [rows for rows in levels.values() if column_mean(rows, "accuracy") >= dense_accuracy(sweep) - NEAR]
+            found += [(float(np.mean([ratio(row) or 0 for row in rows])), curve_name(curve)) for rows in near]
+        times, name = max(pair for pair in found if pair[0] <= MOST_RATIO)
+        if times > 1.005:
+            parts.append(style.unbroken(f"{times:.3g}x fewer {what}") + " " + style.unbroken(f"({name})"))
+    words = ", ".join(parts) or "none with fewer weights"
+    return f"Measured at most {points(NEAR)} below dense: {words}"
 
 
 def plot_savings(sweep: Sweep) -> Path | None:
     """Accuracy against file size, latency and multiply-adds: *_savings.png, a panel for each that was measured.
 
-    Pareto-optimal networks of a panel are ringed and joined. Controls are dense networks from the controls' CSV. None,
-    and no picture, where there is nothing but multiply-adds, which the trade-off figure shows already.
+    Pareto-optimal networks of a panel are ringed and joined. Controls are dense networks from the controls' CSV. A
+    network that was not measured has the file and latency of one with the same masks that was. None, and no picture,
+    where there is nothing but multiply-adds, which the trade-off figure shows already.
     """
     picture, controls = sweep.files.with_suffix("_savings.png"), read_rows(sweep.files.controls)
     if not controls and not any(row.file_bytes or row.latency_ms for row in sweep.table()):
         picture.unlink(missing_ok=True)  # of rows that were replaced
         return None
     panels = {label: cost for label, cost in _costs(sweep).items() if any(map(cost, [*sweep.table(), *controls]))}
-    figure = Figure(figsize=(4.2 * len(panels) + 0.6, 5.6), layout="constrained")
+    dense = _dense_costs(sweep)
+    figure = Figure(figsize=(3.6 * len(panels) + 0.6, 4.8), layout="constrained")
     places = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    drawn_by_label = {}
     for axes, (label, cost) in zip(places, panels.items(), strict=True):
         drawn = _draw_curves(axes, sweep, cost) + _draw_controls(axes, controls, cost)
-        front = np.reshape(pareto(drawn), (-1, 2)).T
-        axes.step(*front, where="post", color=style.QUIET, linewidth=4, alpha=0.25, zorder=0, label="Pareto front")
-        axes.plot(*front, markersize=9, **style.RING)
+        if dense.get(label):
+            drawn.append(Point(dense[label], dense_accuracy(sweep), "dense"))
+            axes.plot(*drawn[-1][:2], marker="*", color="black", markersize=11, linestyle="none", label="dense")
+        drawn_by_label[label] = drawn
+        _draw_front(axes, drawn)
+        axes.set_xlabel(label)
+        style.scale_x(axes, log=True, room=0.1)
+        style.scale_accuracy(axes, high=max([dense_accuracy(sweep), *(point.accuracy for point in drawn)]))
         style.draw_references(axes, sweep, "left")
-        axes.margins(x=0.12)
-        style.scale_accuracy(axes, label)
-        style.use_log_scale(axes)
     places[0].set_ylabel("test accuracy (%)")
-    notes = ["Dense kernels multiply by the zeros of a mask; only removed filters and sparse kernels save time."]
+    style.name_lines(figure, "\n".join(_notes(controls)))
+    figure.draw_without_rendering()
+    for axes, cost in zip(places, panels.values(), strict=True):
+        known = {control.allocation: (cost(control), control.accuracy) for control in controls if cost(control)}
+        spots = {name: axes.transData.transform([point]) for name, point in known.items()}
+        place_labels(Place(axes), [Label(name, "black", spot) for name, spot in spots.items()], fontsize=8.5)
+    return style.save_figure(
+        figure, picture, _savings_message(drawn_by_label, dense_accuracy(sweep)), sweep.header["title"]
+    )
+
+
+def _notes(controls: list[Row]) -> list[str]:
+    """The caption: why masks save no time, whose costs are drawn, and how the controls were trained."""
+    notes = [
+        "Dense kernels multiply by the zeros of a mask; only removed filters and sparse kernels save time. A network "
+        "that was not measured has the file and latency of one with the same masks; dense: values without packing."
+    ]
     for recipe in dict.fromkeys(control.notes for control in controls):
         names = ", ".join(control.allocation for control in controls if control.notes == recipe)
         notes.append(f"Controls ({names}): {recipe}.")
-    style.name_lines(figure, style.wrapped("\n".join(notes), 16 * figure.get_figwidth()))
-    return style.save_figure(figure, picture, sweep.header["title"])
+    return notes
+
+
+def _draw_front(axes: Axes, drawn: list[Point]) -> None:
+    """Join and ring the Pareto-optimal points."""
+    front = pareto(drawn)
+    steps = np.reshape([point[:2] for point in front], (-1, 2)).T
+    axes.step(*steps, where="post", color=style.QUIET, linewidth=4, alpha=0.25, zorder=0, label="Pareto front")
+    for point in front:
+        style.ring(axes, np.array(point[:2]), point.colour)
+
+
+def _savings_message(panels: dict[str, list[Point]], dense: float) -> str:
+    """Which network is the cheapest in each panel, of those that lose at most NEAR points against dense."""
+    least = {"file": "smallest file", "latency": "lowest latency", "multiply-adds": "fewest multiply-adds"}
+    cheapest: dict[str, list[str]] = {}
+    for label, drawn in panels.items():
+        if near := [point for point in drawn if point.accuracy >= dense - NEAR]:
+            cheapest.setdefault(min(near).name, []).append(least[label.split()[0]])
+    names = (f"{style.unbroken(name)} ({style.unbroken(', '.join(kinds))})" for name, kinds in cheapest.items())
+    words = ", ".join(names) or "none that was measured"
+    return f"Cheapest network measured at most {points(NEAR)} below dense: {words}"
 
 
 def _costs(sweep: Sweep) -> Costs:
-    """The panels of `plot_savings`, each in its unit."""
+    """The panels of `plot_savings`, each in its unit; rows that were not measured have the costs of the same masks."""
     macs = next(iter(sweep.header["dense"].values())).get("macs", 0) / 1e6
-    precisions = sorted({entry["precision"] for entry in sweep.header.get("exports", {}).values()})
-    values = f", {' and '.join(precisions)} values" if precisions else ""
+    values = f", {' and '.join(_precisions(sweep))} values" if _precisions(sweep) else ""
+    oneshot = sweep.header["settings"].get("schedule", "oneshot") == "oneshot"  # in steps recoveries change the masks
+    rows = sweep.table() if oneshot else []
+
+    def measured(column: str) -> Callable[[Row], float | None]:
+        known = {_masks(row): getattr(row, column) for row in rows if getattr(row, column)}
+        return lambda row: getattr(row, column) or known.get(_masks(row))
+
+    size, latency = measured("file_bytes"), measured("latency_ms")
     return {
-        f"file (MB){values}": lambda row: row.file_bytes and row.file_bytes / 1e6,
-        "latency of one image (ms)": lambda row: row.latency_ms,
-        "multiply-adds with nonzero weights (millions an image)": lambda row: macs / row.macs_ratio,
+        f"file (MB){values}": lambda row: size(row) and size(row) / 1e6,
+        "latency of one image (ms)": latency,
+        "multiply-adds with nonzero weights\n(millions an image)": lambda row: macs / row.macs_ratio,
     }
 
 
-def _draw_curves(axes: Axes, sweep: Sweep, cost: Callable[[Row], float | None]) -> Pairs:
+def _masks(row: Row) -> tuple[str, str, str, str]:
+    """The rows of equal masks in a one-shot sweep have this in common."""
+    return row.checkpoint, row.criterion, row.allocation, level_text(row.level)
+
+
+def _precisions(sweep: Sweep) -> list[str]:
+    return sorted({entry["precision"] for entry in sweep.header.get("exports", {}).values()})
+
+
+def _dense_costs(sweep: Sweep) -> dict[str, float]:
+    """Label of a panel -> cost of the untouched network, mean over checkpoints, where it is known."""
+    value = {"fp32": 4, "fp16": 2, "bf16": 2}.get(" ".join(_precisions(sweep)), 4)
+    scales = ("parameters", value / 1e6), ("latency_ms", 1.0), ("macs", 1e-6)
+    figures, costs = sweep.header["dense"].values(), {}
+    for label, (key, scale) in zip(_costs(sweep), scales, strict=True):
+        if all(entry.get(key) for entry in figures):
+            costs[label] = scale * float(np.mean([entry[key] for entry in figures]))
+    return costs
+
+
+def _draw_curves(axes: Axes, sweep: Sweep, cost: Callable[[Row], float | None]) -> list[Point]:
     """Draw a line for each curve, and return its points: those of levels whose costs are known for all checkpoints."""
     curves, drawn = {curve: levels for curve, levels in sweep.curves().items() if levels}, []
     for curve, look in style.curve_styles(curves).items():
-        pairs = []
-        for rows in curves[curve].values():
+        found = {}
+        for level, rows in curves[curve].items():
             costs = [cost(row) for row in rows if max(row.compression, row.macs_ratio) <= MOST_RATIO]
             if len(costs) == len(rows) and all(costs):
-                pairs.append((float(np.mean(costs)), column_mean(rows, "accuracy")))
-        axes.plot(*np.reshape(pairs, (-1, 2)).T, **look, markersize=3.5, linewidth=1.5, label=curve_name(curve))
-        drawn += pairs
+                point = Point(float(np.mean(costs)), column_mean(rows, "accuracy"), "", look["color"])
+                found[level] = point._replace(name=f"{curve_name(curve)} at {level_text(level)} %")
+        x, y = style.broken(list(found), *np.reshape([point[:2] for point in found.values()], (-1, 2)).T)
+        axes.plot(x, y, **look, markersize=3.5, linewidth=1.5, label=curve_name(curve))
+        drawn += found.values()
     return drawn
 
 
-def _draw_controls(axes: Axes, controls: list[Row], cost: Callable[[Row], float | None]) -> Pairs:
-    """Draw the controls whose cost is known as black diamonds with their names, and return their points."""
-    known = [control for control in controls if cost(control)]
-    points = [(cost(control), control.accuracy) for control in known]
-    if points:
+def _draw_controls(axes: Axes, controls: list[Row], cost: Callable[[Row], float | None]) -> list[Point]:
+    """Draw the controls whose cost is known as black diamonds, and return their points."""
+    drawn = [Point(cost(control), control.accuracy, control.allocation) for control in controls if cost(control)]
+    if drawn:
         look = {"marker": "D", "color": "black", "linestyle": "none", "markersize": 6}
-        axes.plot(*np.transpose(points), **look, label="dense networks (controls)")
-    low, high = axes.dataLim.intervalx
-    for control, point in zip(known, points, strict=True):
-        side, x = ("left", 6) if point[0] < low**0.2 * high**0.8 else ("right", -6)  # on a logarithmic axis
-        axes.annotate(control.allocation, point, (x, -5), textcoords="offset points", ha=side, va="top", fontsize=8)
-    return points
+        axes.plot(*np.transpose([point[:2] for point in drawn]), **look, label="dense networks (controls)")
+    return drawn
 
 
-def pareto(points: Iterable[tuple[float, float]]) -> Pairs:
-    """Of (cost, gain) pairs those that no other beats: ascending in both. Of equal ones one stays."""
-    front: Pairs = []
-    for cost, gain in sorted(set(points), key=lambda pair: (pair[0], -pair[1])):
-        if not front or gain > front[-1][1]:
-            front.append((cost, gain))
+def pareto(networks: Iterable[Point]) -> list[Point]:
+    """The networks that no other beats: ascending in both cost and accuracy. Of equal ones one stays."""
+    front: list[Point] = []
+    for point in sorted(networks, key=lambda point: (point.cost, -point.accuracy)):
+        if not front or point.accuracy > front[-1].accuracy:
+            front.append(point)
     return front

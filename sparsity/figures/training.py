@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsity.figures import style
@@ -10,7 +11,7 @@ from sparsity.system.files import read_csv
 
 
 def plot_training(table: Path, picture: Path, title: str) -> None:
-    """Accuracy and loss against epochs, from the CSV of a training."""
+    """Accuracy and loss against epochs, from the CSV of a training; lines mark where the size of the images changes."""
     rows = read_csv(table)
     epochs = [int(row["epoch"]) for row in rows]
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -18,14 +19,27 @@ def plot_training(table: Path, picture: Path, title: str) -> None:
     labels = {"training_accuracy": "training accuracy (augmented images)", "test_accuracy": "test accuracy"}
     for (column, label), colour in zip(labels.items(), (style.COLOURS[1], style.COLOURS[0]), strict=True):
         axes.plot(epochs, [float(row[column]) for row in rows], marker="o", markersize=3.5, color=colour, label=label)
-    style.scale_accuracy(axes, "epoch", ylabel="accuracy (%)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", ylabel="accuracy (%)")
+    style.scale_accuracy(axes, high=max(float(row[column]) for row in rows for column in labels))
+    mark_sizes(axes, epochs, [row.get("image_size") for row in rows])
+    axes.set_xticks([tick for tick in style.inner_ticks(epochs[0], epochs[-1]) if tick.is_integer()])
     right = axes.twinx()
     losses = [float(row["loss"]) for row in rows]
     right.plot(epochs, losses, color=style.QUIET, linestyle="--", linewidth=1.2, label="training loss (right axis)")
     right.set(ylabel="loss", ylim=(0, None))
     style.name_lines(figure)
-    style.save_figure(figure, picture, title)
+    last = f"{float(rows[-1]['test_accuracy']):.2f} % test accuracy after {epochs[-1]} epochs"
+    style.save_figure(figure, picture, last, title)
+
+
+def mark_sizes(axes: Axes, epochs: list[int], sizes: list[str | None]) -> None:
+    """Draw a line before the first epoch at each size of the training images, with the size, if there are several."""
+    changes = [index for index, size in enumerate(sizes) if index == 0 or size != sizes[index - 1]]
+    for index in changes if len(changes) > 1 else ():
+        place = epochs[index] - 0.5
+        axes.axvline(place, color=style.QUIET, linewidth=0.6, linestyle=":")
+        text = f" {sizes[index]} px"
+        axes.text(place, 0.02, text, transform=axes.get_xaxis_transform(), color=style.QUIET, fontsize=8)
 
 
 def plot_confusion(table: Path, picture: Path, title: str) -> None:

@@ -5,32 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import LABELS, ink, made_row, made_sweep
+from helpers import LABELS, ink, line_points, made_row, made_sweep
 
-from sparsity.figures import accuracy, heatmaps, savings, style, training
+from sparsity.figures import accuracy, heatmaps, savings, training
 from sparsity.results.record import HISTORY_COLUMNS, write_confusion, write_history
 from sparsity.results.rows import write_rows
 from sparsity.system.errors import UserError
-from sparsity.system.methods import Curve
 
 CHOICE = {"criterion": "l1", "allocation": "uniform", "recover": "none", "level": 40.0, "tolerance": 1.0}
-RECOVERIES = ("none", "batchnorm", "reconstruction", "finetune")
 WIDE = {"stem": 200, "down": 800}
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are made, which are not drawn."""
-    made = []
-    keep = lambda figure, path, *title: made.append(figure) or figure.suptitle(title[-1])  # noqa: E731
-    monkeypatch.setattr(style, "save_figure", keep)
-    return made
-
-
-@pytest.fixture
-def panels(monkeypatch):
-    """Have the heat maps return their panels instead of drawing them."""
-    monkeypatch.setattr(heatmaps, "_plot", lambda sweep, path, about, panels, **more: panels)
 
 
 def saved(sweep):
@@ -71,53 +54,14 @@ def test_a_sweep_with_nothing_to_show_is_drawn_and_its_long_title_stays_in_the_p
         assert ink(plot(sweep))[2] > 0.003
 
 
-def test_many_curves_fit_in_the_picture_and_those_of_the_same_masks_share_a_colour_and_differ_in_their_lines(files):
-    curves = [Curve(f"criterion{index // 4}", "uniform", RECOVERIES[index % 4]) for index in range(44)]
-    rows = [made_row(level, curve=curve) for curve in curves for level in (0.0, 40.0)]
-    width, height, _ = ink(accuracy.plot_sweep(made_sweep(files, rows)))
-    assert width >= 1200 and height >= 800
-    styles = style.curve_styles(curves)
-    looks = {curve: (look["color"], look["marker"]) for curve, look in styles.items()}
-    assert all((looks[one] == looks[other]) == (one[:2] == other[:2]) for one in curves for other in curves)
-    assert len({tuple(map(str, look.values())) for look in styles.values()}) == len(curves)
-
-
-def test_the_names_stand_in_the_order_in_which_the_curves_fall_and_no_line_leads_to_them(files, figures):
-    paths = {
-        "early": [(0.0, 90.0), (40.0, 10.0)],
-        "late": [(0.0, 90.0), (40.0, 80.0), (90.0, 10.0)],
-        "short and good": [(80.0, 88.0), (95.0, 85.0)],
-        "short": [(80.0, 88.0), (95.0, 75.0)],
-        "lost": [(5.0, 20.0), (40.0, 10.0)],
-    }
-    points = [((name, "uniform", "none"), *pair) for name, pairs in paths.items() for pair in pairs]
-    rows = [replace(made_row(x, curve=curve), sparsity=x, accuracy=y) for curve, x, y in points]
-    accuracy.plot_sweep(made_sweep(files, rows))
-    (legend,) = figures[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == [
-        f"{name} uniform" for name in ("short and good", "short", "late", "early", "lost")
-    ]
-    assert all(0 <= x <= 100 for line in figures[0].axes[0].get_lines() for x in line.get_xdata())
-
-
-def test_the_line_is_the_mean_over_checkpoints_and_the_chosen_level_has_a_ring(files, figures):
-    more = {"one.pth": 10, "two.pth": 20}
-    rows = [replace(made_row(level, name), accuracy=level + more[name]) for level in (0.0, 40.0) for name in more]
-    for level in (40.0, None, 60.0):  # the last one of a run with other levels
-        accuracy.plot_sweep(made_sweep(files, rows, summary=[CHOICE | {"level": level}]))
-    assert figures[0].axes[0].get_lines()[0].get_ydata().tolist() == [15, 55]
-    rings = [line for figure in figures for line in figure.axes[0].get_lines() if line.get_markersize() == 11]
-    assert [ring.get_xydata().tolist() for ring in rings] == [[[10.5, 55]]]
-
-
 def test_networks_with_next_to_no_weights_have_no_ratio_to_draw(files, figures):
     ratios = [(0.0, 1, 1), (50.0, 2, 3), (90.0, 1000, 9), (99.0, 1001, 999), (100.0, math.inf, math.inf)]
     rows = [replace(made_row(level), compression=weights, macs_ratio=macs) for level, weights, macs in ratios]
     savings.plot_tradeoff(made_sweep(files, rows))
-    found = [axes.get_lines()[0].get_xdata().tolist() for axes in figures[0].axes]
+    found = [[x for x, _ in line_points(axes.get_lines()[0])] for axes in figures[0].axes]
     assert found == [[1, 2, 1000], [1, 3, 9]]
-    points = [(1, 10), (2, 30), (2, 20), (3, 30), (4, 29), (5, 50), (1, 10)]
-    assert savings.pareto(points) == [(1, 10), (2, 30), (5, 50)] and savings.pareto([]) == []
+    points = [savings.Point(*pair, "a") for pair in ((1, 10), (2, 30), (2, 20), (3, 30), (4, 29), (5, 50), (1, 10))]
+    assert [point[:2] for point in savings.pareto(points)] == [(1, 10), (2, 30), (5, 50)] and savings.pareto([]) == []
 
 
 def test_savings_in_words_are_those_of_the_rows_and_nothing_is_said_where_nothing_was_measured(files):
@@ -140,6 +84,26 @@ def test_savings_in_words_are_those_of_the_rows_and_nothing_is_said_where_nothin
     assert not picture.exists()
 
 
+def test_recovered_networks_have_the_costs_of_those_with_the_same_masks_and_dense_its_own(files, figures):
+    measured = [replace(made_row(x), latency_ms=x, file_bytes=None) for x in (50.0, 60.0)]
+    recovered = [
+        replace(made_row(x, curve=("l1", "uniform", "batchnorm")), latency_ms=None, file_bytes=None) for x in (50, 60)
+    ]
+    dense = {"one.pth": {"accuracy": 100.0, "macs": 8_000_000, "latency_ms": 70.0, "parameters": 1000}}
+    for schedule, expected in (("oneshot", [50, 60]), ("iterative 50,60", [])):
+        header = {"dense": dense, "settings": {"schedule": schedule}}
+        savings.plot_savings(made_sweep(files, [*measured, *recovered], **header))
+        lines = {line.get_label(): line for line in figures[-1].axes[0].get_lines()}
+        assert [x for x, _ in line_points(lines["l1 uniform + batchnorm"])] == expected
+        assert line_points(lines["dense"]) == [[70, 100]]
+
+
+def test_classes_at_many_levels_are_drawn_at_as_many_as_are_legible(files, panels):
+    sweep = made_sweep(files, [made_row(float(level)) for level in range(21)])
+    (panel,) = heatmaps.plot_classes(sweep)
+    assert panel.levels == list(range(0, 21, 2)) and panel.values.shape == (4, heatmaps.MOST_LEVELS)
+
+
 def control(name, accuracy, **columns):
     row = made_row(0.0, f"{name}.pth", ("dense", name, "none"), notes="cifar10, epochs 8")
     return replace(row, accuracy=accuracy, **columns)
@@ -150,11 +114,13 @@ def test_controls_stand_beside_the_curves_in_every_panel_that_was_measured(files
     write_rows(files.controls, [control("resnet18", 90.0, macs_ratio=4.0, file_bytes=5_000_000, latency_ms=None)])
     savings.plot_savings(made_sweep(files, rows))
     sizes, macs = figures[0].axes  # no latency
-    for axes, curve, x in ((sizes, [1e-6, 1e-6], 5), (macs, [8, 8], 2)):
-        one, other, front, *_ = axes.get_lines()
-        assert (one.get_xdata().tolist(), other.get_xydata().tolist()) == (curve, [[x, 90]])
-        assert min(front.get_xdata()) == min(*curve, x)
-        assert axes.texts[0].get_text() == "resnet18"
+    for axes, cost, x in ((sizes, 1e-6, 5), (macs, 8, 2)):
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert [x for x, _ in line_points(lines["l1 uniform"])] == [cost, cost]
+        assert line_points(lines["dense networks (controls)"]) == [[x, 90]]
+        assert min(lines["Pareto front"].get_xdata()) == min(cost, x)
+        assert "resnet18" in [text.get_text() for text in axes.texts]
+    assert line_points({line.get_label(): line for line in macs.get_lines()}["dense"]) == [[8, 100]]
     assert "Controls (resnet18): cifar10, epochs 8." in figures[0].legends[0].get_title().get_text()
 
 
@@ -213,16 +179,16 @@ def test_any_number_of_classes_and_a_training_of_one_epoch(files, tmp_path, clas
     write_confusion(table, names, sweep.labels, np.zeros(40, dtype=np.int64))
     training.plot_confusion(table, picture, "title")
     assert min(ink(picture)[:2]) >= 800
-    write_history(table, [dict(zip(HISTORY_COLUMNS, (1, 0.1, 2.0, 30.0, 2.1, 40.0, 5.0), strict=True))])
+    write_history(table, [dict.fromkeys(HISTORY_COLUMNS, 30) | {"epoch": 1}])
     training.plot_training(table, picture, "title")
     assert ink(picture)[2] > 0.02
 
 
-def test_panels_are_laid_out_like_a_page_and_of_many_the_first_are_drawn_which_the_title_says(files, figures):
+def test_panels_have_the_width_that_is_legible_and_of_many_the_first_are_drawn_which_the_title_says(files, figures):
     for curves in (1, 4, 10, 14):
         names = [(f"criterion{index}", "uniform", "none") for index in range(curves)]
         rows = [made_row(float(level), curve=curve) for curve in names for level in range(21)]
         heatmaps.plot_layers(made_sweep(files, rows))
         assert len([axes for axes in figures[-1].axes if axes.get_title()]) == min(curves, 12)
-        assert 0.4 < figures[-1].get_figwidth() / figures[-1].get_figheight() < 4
+        assert figures[-1].get_figwidth() == heatmaps.WIDTH and figures[-1].get_figheight() < 30
     assert figures[-1].get_suptitle().endswith("(the first 12 of 14 panels)")
