@@ -1,4 +1,4 @@
-"""Calibration images: drawn from the training split, for criteria and recoveries."""
+"""Calibration images: drawn from the training split, augmented as in training, for criteria and recoveries."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsity.data.images import PADDING, Split, augment, batch_bounds, class_balanced_order, normalise
+from sparsity.data.images import SHIFT, Split, augment, batch_bounds, class_balanced_order, normalise
 from sparsity.system.machine import generator
 
 CALIBRATION_BATCH = 128  # BatchNorm is re-estimated on batches of the size that it is usually trained with
@@ -14,11 +14,39 @@ POSITION_LIMIT = 32_768  # positions that stand for all of a layer's; seeded, th
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """The augmentation of a training: shifts of up to `shift` pixels with a `border`, "zeros" or "reflect"; flips."""
+
+    shift: int = SHIFT
+    border: str = "zeros"
+    flip: bool = True
+
+    def __str__(self) -> str:
+        shifts = f"{self.border} {self.shift}" if self.shift else ""
+        return ", ".join(filter(None, ("flips" if self.flip else "", shifts))) or "none"
+
+    def __call__(self, images: Tensor, draw: torch.Generator) -> Tensor:
+        """Augmented copies of uint8 images [B, 3, H, W]; offsets and flips are drawn from `draw`, on the CPU."""
+        offsets = torch.randint(0, 2 * self.shift + 1, (len(images), 2), generator=draw)
+        flips = (torch.rand(len(images), generator=draw) < 0.5) & self.flip
+        return augment(images, offsets, flips, self.shift, self.border)
+
+
+# Where a checkpoint does not tell its augmentation, the one that fits its BatchNorm statistics best is taken.
+AUGMENTATIONS = (
+    Augmentation(0, flip=False),
+    Augmentation(0),
+    *(Augmentation(shift, border) for border in ("zeros", "reflect") for shift in (2, 3, 4)),
+)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Images of the training split, augmented once as in training and then the same for every level.
 
     `images` holds them as uint8 on the device; their labels served to draw the same number of each class, and only the
-    criterion `gradient` reads them again. Networks compute in `dtype`.
+    criterion `gradient` reads them again. Networks compute in `dtype`. `augmentation` is that of `images`, for
+    recoveries that augment images anew.
     """
 
     images: Split
@@ -26,6 +54,7 @@ class Calibration:
     batch_size: int = CALIBRATION_BATCH
     position_limit: int = POSITION_LIMIT
     seed: int = 0
+    augmentation: Augmentation = Augmentation()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -39,11 +68,34 @@ class Calibration:
             yield normalise(pixels, self.images.mean, self.images.std, dtype or self.dtype), labels
 
 
-def draw_calibration(train: Split, count: int, seed: int, device: torch.device, dtype: torch.dtype) -> Calibration:
+def draw_calibration(
+    train: Split,
+    count: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    augmentation: Augmentation = Augmentation(),
+) -> Calibration:
     """The first `count` images of a class-balanced order of the training split, drawn and augmented by `seed`."""
     chosen = train.take(class_balanced_order(train.labels, seed)[:count])
-    draw = generator(seed, count)
-    offsets = torch.randint(0, 2 * PADDING + 1, (len(chosen), 2), generator=draw)
-    flips = torch.rand(len(chosen), generator=draw) < 0.5
-    images = Split(augment(chosen.images, offsets, flips), chosen.labels, chosen.mean, chosen.std)
-    return Calibration(images.to(device), dtype, seed=seed)
+    images = Split(augmentation(chosen.images, generator(seed, count)), chosen.labels, chosen.mean, chosen.std)
+    return Calibration(images.to(device), dtype, seed=seed, augmentation=augmentation)
+
+
+def augmented_batches(
+    split: Split,
+    augmentation: Augmentation,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one epoch over `split`, augmented anew: normalised images [B, C, H, W] in `dtype`, labels [B].
+
+    Order, crops and flips come from (seed, epoch) alone.
+    """
+    draw = generator(seed, epoch)
+    order = torch.randperm(len(split), generator=draw).to(split.labels.device)
+    for start, end in batch_bounds(len(split), batch_size):
+        chosen = split.take(order[start:end])
+        yield normalise(augmentation(chosen.images, draw), split.mean, split.std, dtype), chosen.labels

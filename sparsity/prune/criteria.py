@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsity.data.calibration import Calibration
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import Layer, memory_format, positions_per_image
-from sparsity.prune.moments import exact_products, input_moments
+from sparsity.prune.moments import as_weight, exact_products, input_moments
 from sparsity.system import methods
 from sparsity.system.errors import UserError
 from sparsity.system.machine import generator
@@ -73,9 +73,8 @@ def activation(evidence: Evidence) -> Scores:
     positions = positions_per_image(evidence.model, images[:1])
     count = len(evidence.calibration)
     norms = {name: (mean * count * positions[name]).sqrt() for name, mean in evidence.moments(diagonal=True).items()}
-    return {
-        name: layer.weight.abs() * norms[name].view(layer.weight[:1].shape) for name, layer in evidence.layers.items()
-    }
+    layers = evidence.layers.items()
+    return {name: layer.weight.abs() * as_weight(norms[name], layer.weight) for name, layer in layers}
 
 
 @torch.enable_grad()
@@ -112,7 +111,7 @@ def obs(evidence: Evidence) -> Scores:
         if damping > DAMPING:
             evidence.notes.append(f"{name}: the inputs' second moment could only be inverted with {damping:g} damping")
         price = inverse.reciprocal().masked_fill(dead, 0)
-        scores[name] = layer.weight.square() * price.view(layer.weight[:1].shape)
+        scores[name] = layer.weight.square() * as_weight(price, layer.weight)
     return scores
 
 

@@ -14,10 +14,14 @@ from sparsity.system.machine import generator
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32 inside the block, not rounded to TF32 or bfloat16 as in bfloat16 sweeps."""
+def exact_products(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Inside the block, products of float32 matrices are exact for values of `dtype` and summed in float32.
+
+    With bfloat16 they run in bfloat16 (TF32 on a GPU) where the hardware can, several times as fast, and other values
+    are rounded.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
     try:
         yield
     finally:
@@ -32,7 +36,7 @@ def can_unfold(layer: Layer) -> bool:
 
 
 def windows(layer: Layer, inputs: Tensor) -> Tensor:
-    """The inputs of each output position: [B, OH, OW, C, kh, kw] of [B, C, H, W]; [B, N, 1, d] of [B, ..., d].
+    """The inputs of each output position: [B, OH, OW, kh, kw, C] of [B, C, H, W]; [B, N, 1, d] of [B, ..., d].
 
     A view of the padded inputs. Raises ValueError for layers that `can_unfold` refuses.
     """
@@ -44,13 +48,13 @@ def windows(layer: Layer, inputs: Tensor) -> Tensor:
     seen = F.pad(inputs, (pad_w, pad_w, pad_h, pad_h))
     for dim, kernel, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
         seen = seen.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    return seen.permute(0, 2, 3, 1, 4, 5)
+    return seen.permute(0, 2, 3, 4, 5, 1)  # channels last, as activations lie in memory
 
 
 def input_rows(layer: Layer, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Unfold a layer's inputs, one row an output position: [N, d] float32; outputs are `rows @ weight.flatten(1).T`.
+    """Unfold a layer's inputs, one row an output position: [N, d] float32; outputs are `rows @ weight_rows(weight).T`.
 
-    For a convolution d is C * kh * kw. `positions` [B, n] chooses n of the output positions of each image (row-major,
+    For a convolution d is kh * kw * C. `positions` [B, n] chooses n of the output positions of each image (row-major,
     0 to OH * OW - 1), so that N is B * n; without it all are taken in order. Errors as from `windows`.
     """
     seen = windows(layer, inputs)
@@ -59,6 +63,30 @@ def input_rows(layer: Layer, inputs: Tensor, positions: Tensor | None = None) ->
         image = torch.arange(len(seen), device=seen.device)[:, None]
         seen = seen[image, positions // seen.shape[2], positions % seen.shape[2]]
     return seen.reshape(-1, size).float()
+
+
+def weight_rows(weight: Tensor) -> Tensor:
+    """A weight [out, ...] as a matrix [out, d], its columns in the order of `input_rows`."""
+    return weight.movedim(1, -1).flatten(1)
+
+
+def as_weight(rows: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of `weight_rows`: values [n, d] or [d] in the shape of `weight`, [n, C, kh, kw] or [n, d]."""
+    return rows.reshape(-1, *weight.movedim(1, -1).shape[1:]).movedim(-1, 1)
+
+
+def add_moment(total: Tensor, rows: Tensor) -> None:
+    """Add the sum of x x^T over `rows` [N, d] to `total` [d, d], except its lower left quarter; see `symmetric`."""
+    half = len(total) // 2
+    total[:half].addmm_(rows[:, :half].T, rows)
+    total[half:, half:].addmm_(rows[:, half:].T, rows[:, half:])
+
+
+def symmetric(total: Tensor) -> Tensor:
+    """`total` [d, d] with its lower left quarter filled in, in place, from the upper right one."""
+    half = len(total) // 2
+    total[half:, :half] = total[:half, half:].T
+    return total
 
 
 def draw_positions(layer: Layer, inputs: Tensor, calibration: Calibration, *keys: int) -> Tensor | None:
@@ -75,20 +103,25 @@ def draw_positions(layer: Layer, inputs: Tensor, calibration: Calibration, *keys
 
 
 @torch.no_grad()
-@exact_products()
 def input_moments(
     network: nn.Module, layers: list[str], calibration: Calibration, diagonal: bool = False
 ) -> dict[str, Tensor]:
-    """Second moment of each layer's inputs, the mean of x x^T over positions: name -> [d, d] float32.
+    """Second moment of each layer's `input_rows`, the mean of x x^T over positions: name -> [d, d] float32.
 
     `network` computes in the calibration's dtype and is in eval mode; with `diagonal` only the diagonal [d] is
     computed. In layers with more than `position_limit` positions a seeded subset is used.
     """
-    sums, counts = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
 
     def collect(name: str, number: int, layer: Layer, inputs: tuple[Tensor]) -> None:
         rows = input_rows(layer, inputs[0], draw_positions(layer, inputs[0], calibration, number, counts[name]))
-        sums[name] = sums[name] + (rows.square().sum(dim=0) if diagonal else rows.T @ rows)
+        size = rows.shape[1]
+        total = sums.setdefault(name, rows.new_zeros(size if diagonal else (size, size)))
+        if diagonal:
+            total += rows.square().sum(dim=0)
+        else:
+            add_moment(total, rows)
         counts[name] += len(rows)
 
     handles = [
@@ -96,9 +129,10 @@ def input_moments(
         for number, name in enumerate(layers)
     ]
     try:
-        for images, _ in calibration.batches():
-            network(images)
+        with exact_products(calibration.dtype):
+            for images, _ in calibration.batches():
+                network(images)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: sums[name] / counts[name] for name in layers}
+    return {name: (total if diagonal else symmetric(total)).div_(counts[name]) for name, total in sums.items()}

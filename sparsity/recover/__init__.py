@@ -12,6 +12,7 @@ from torch import fx, nn
 from sparsity.data.calibration import Calibration
 from sparsity.networks.inference import inference_copy
 from sparsity.recover.batchnorm import reestimate_batchnorm
+from sparsity.recover.distill import Distillation, distill
 from sparsity.recover.finetune import Finetuning, finetune
 from sparsity.recover.reconstruction import reconstruct, stream_copy
 
@@ -20,14 +21,15 @@ from sparsity.recover.reconstruction import reconstruct, stream_copy
 class Means:
     """The inputs of a recovery.
 
-    `dense` is the untouched network and `layers` the names of its prunable layers; `calibration` and `tuning` are None
-    where no recovery of the run needs them.
+    `dense` is the untouched network and `layers` the names of its prunable layers; `calibration`, `tuning` and
+    `distillation` are None where no recovery of the run needs them.
     """
 
     dense: nn.Module
     layers: tuple[str, ...]
     calibration: Calibration | None = None
     tuning: Finetuning | None = None
+    distillation: Distillation | None = None
 
     @cached_property
     def copy(self) -> fx.GraphModule:
@@ -39,6 +41,11 @@ class Means:
         """Two unfolded inference copies, for `reconstruct`; made once for all levels."""
         return [stream_copy(self.dense, self.calibration.dtype) for _ in range(2)]
 
+    @cached_property
+    def teacher(self) -> fx.GraphModule:
+        """The dense network as an inference copy, for `distill`; made once for all levels."""
+        return inference_copy(self.dense, self.distillation.dtype)
+
 
 def _batchnorm(model: nn.Module, means: Means, seed: int) -> list[str]:
     reestimate_batchnorm(model, means.calibration, means.copy)
@@ -47,6 +54,16 @@ def _batchnorm(model: nn.Module, means: Means, seed: int) -> list[str]:
 
 def _reconstruction(model: nn.Module, means: Means, seed: int) -> list[str]:
     notes = reconstruct(model, means.dense, means.layers, means.calibration, means.streams)
+    reestimate_batchnorm(model, means.calibration, means.copy)
+    return notes
+
+
+def _distill(model: nn.Module, means: Means, seed: int) -> list[str]:
+    layers = {name: model.get_submodule(name) for name in means.layers}
+    if all(layer.weight_mask.all() for layer in layers.values() if hasattr(layer, "weight_mask")):
+        return []  # nothing is pruned: the outputs are those of the dense network
+    notes = _reconstruction(model, means, seed)
+    distill(model, means.teacher, layers, means.distillation, seed)
     reestimate_batchnorm(model, means.calibration, means.copy)
     return notes
 
@@ -61,5 +78,6 @@ RECOVERIES: dict[str, Callable[[nn.Module, Means, int], list[str]]] = {
     "none": lambda model, means, seed: [],
     "batchnorm": _batchnorm,
     "reconstruction": _reconstruction,
+    "distill": _distill,
     "finetune": _finetune,
 }

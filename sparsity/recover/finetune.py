@@ -1,20 +1,22 @@
 """Fine-tuning: masked training on the labelled training split."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sparsity.data.images import Split, training_batches
+from sparsity.data.images import SHIFT, Split, training_batches
 from sparsity.networks.layers import BatchNorm, Layer, memory_format
 from sparsity.system.errors import UserError
 from sparsity.training.epoch import train_one_epoch
 from sparsity.training.optimizer import make_optimizer, make_schedule
+from sparsity.training.schedule import linear_factor
 
 
 @dataclass(frozen=True)
 class Finetuning:
-    """The recipe of fine-tuning: `rates` holds the learning rate of each epoch."""
+    """The recipe of fine-tuning: `rates` holds the learning rate of each epoch; `shift` and `border` augment."""
 
     train: Split
     rates: tuple[float, ...]
@@ -22,13 +24,22 @@ class Finetuning:
     momentum: float
     weight_decay: float
     dtype: torch.dtype
+    shift: int = SHIFT
+    border: str = "zeros"
 
 
-def rewound_rates(learning_rate: float, t_max: int, trained: int, epochs: int, warmup: int = 0) -> tuple[float, ...]:
+def rewound_rates(
+    learning_rate: float, t_max: int, trained: int, epochs: int, warmup: int = 0, warmup_share: float | None = None
+) -> tuple[float, ...]:
     """The learning rates of the last `epochs` of a training of `trained` epochs (Renda et al., arXiv 2003.02389).
 
-    The training's schedule is that of `make_schedule`; it is repeated from its start for more epochs than it had.
+    The training's schedule is that of `make_schedule` or, with a `warmup_share`, that of `make_linear_schedule` over
+    `t_max` epochs, each of which gets the rate of its middle. It is repeated from its start for more epochs than it
+    had.
     """
+    if warmup_share is not None:
+        places = [(index % trained + 0.5) / t_max for index in range(trained - epochs, trained)]
+        return tuple(learning_rate * linear_factor(place, warmup_share) for place in places)
     optimizer = make_optimizer("sgd", nn.Linear(1, 1), learning_rate, 0.0, 0.0)
     schedule = make_schedule(optimizer, t_max, warmup)
     rates = []
@@ -39,15 +50,11 @@ def rewound_rates(learning_rate: float, t_max: int, trained: int, epochs: int, w
     return tuple(rates[index % trained] for index in range(trained - epochs, trained))
 
 
-def finetune(model: nn.Module, layers: dict[str, Layer], tuning: Finetuning, seed: int) -> None:
-    """Train the masked `model` in place with SGD and cross-entropy on augmented, labelled training images.
+def mask_enforcer(model: nn.Module, layers: dict[str, Layer]) -> Callable[[], None]:
+    """A function that sets masked weights of `layers` and channels of removed filters to zero, to call after each step.
 
-    Masked weights of `layers` stay exactly zero, and so do weight and bias of a BatchNorm channel where both are zero,
-    as those of removed filters: changes by gradient, momentum and weight decay are undone after every step. `seed`
-    draws order and augmentation. The model is in eval mode afterwards. Raises UserError where the loss is not finite.
+    These are the BatchNorm channels of `model` whose weight and bias are both zero now. It is called once here.
     """
-    model.to(memory_format=memory_format(model))
-    optimizer = make_optimizer("sgd", model, tuning.rates[0], tuning.momentum, tuning.weight_decay)
     masked = [layer for layer in layers.values() if hasattr(layer, "weight_mask")]
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     removed = [(norm, (norm.weight == 0) & (norm.bias == 0)) for norm in norms if norm.affine]
@@ -62,10 +69,24 @@ def finetune(model: nn.Module, layers: dict[str, Layer], tuning: Finetuning, see
             norm.bias.masked_fill_(channels, 0)
 
     enforce_masks()
+    return enforce_masks
+
+
+def finetune(model: nn.Module, layers: dict[str, Layer], tuning: Finetuning, seed: int) -> None:
+    """Train the masked `model` in place with SGD and cross-entropy on augmented, labelled training images.
+
+    Masked weights of `layers` stay exactly zero, and so do weight and bias of a BatchNorm channel where both are zero,
+    as those of removed filters: changes by gradient, momentum and weight decay are undone after every step. `seed`
+    draws order and augmentation. The model is in eval mode afterwards. Raises UserError where the loss is not finite.
+    """
+    model.to(memory_format=memory_format(model))
+    optimizer = make_optimizer("sgd", model, tuning.rates[0], tuning.momentum, tuning.weight_decay)
+    enforce_masks = mask_enforcer(model, layers)
     for epoch, rate in enumerate(tuning.rates, start=1):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batches = training_batches(tuning.train, tuning.batch_size, seed, epoch)
+        augmentation = {"shift": tuning.shift, "border": tuning.border}
+        batches = training_batches(tuning.train, tuning.batch_size, seed, epoch, **augmentation)
         try:
             train_one_epoch(model, batches, optimizer, tuning.dtype, epoch, after_step=enforce_masks)
         except UserError as error:  # its advice names a flag of training

@@ -10,13 +10,22 @@ from sparsity.data.calibration import Calibration
 from sparsity.networks.evaluation import default_batch_size
 from sparsity.networks.inference import inference_copy, refresh
 from sparsity.networks.layers import Layer, effective_weight
-from sparsity.prune.moments import can_unfold, draw_positions, exact_products, input_rows
+from sparsity.prune.moments import (
+    add_moment,
+    as_weight,
+    can_unfold,
+    draw_positions,
+    exact_products,
+    input_rows,
+    symmetric,
+    weight_rows,
+)
 from sparsity.system.machine import release_memory
 
 DAMPING = 0.01  # share of the mean diagonal of the second moment
-ITERATIONS = 60  # of conjugate gradients, at most
+ITERATIONS = 20  # of conjugate gradients, at most: within 0.5 % of the fall in error that a ResNet-50 can have
 RESIDUAL = 1e-3  # of the starting residual, at which they stop
-HELD_BYTES = 512 << 20  # of activations that are kept for each of the two networks
+HELD_BYTES = 1 << 30  # of activations that are kept for each of the two networks
 
 
 def refit(weight: Tensor, mask: Tensor, inputs: Tensor, cross: Tensor) -> tuple[Tensor, int]:
@@ -48,8 +57,8 @@ def refit(weight: Tensor, mask: Tensor, inputs: Tensor, cross: Tensor) -> tuple[
             break
         image = torch.where(free, torch.addmm(shift * direction, direction, inputs), 0)
         step = _ratio(energy, _dot(direction, image))
-        change += step * direction
-        left -= step * image
+        change.addcmul_(step, direction)
+        left.addcmul_(step, image, value=-1)
         scaled = inverse * left
         before, energy = energy, _dot(left, scaled)
         direction = scaled + _ratio(energy, before) * direction
@@ -81,7 +90,7 @@ def reconstruct(
     source = None  # the input of the first layer that changed: what other layers read is no longer the dense network's
     for node in calls:
         layer, original = model.get_submodule(node.target), dense.get_submodule(node.target)
-        mask = getattr(layer, "weight_mask", torch.ones_like(layer.weight)).flatten(1) != 0
+        mask = weight_rows(getattr(layer, "weight_mask", torch.ones_like(layer.weight))) != 0
         if mask.all() and source in (None, node.args[0]):
             continue
         source = source or node.args[0]
@@ -91,10 +100,10 @@ def reconstruct(
         read = pruned.nodes.index(node.args[0])
         streams = zip(pruned.run(read), ideal.run(read), strict=True)
         moments = _moments(original, streams, calibration, pruned.nodes.index(node))
-        weight, kept = refit(effective_weight(layer).flatten(1), mask, *moments)
+        rows, kept = refit(weight_rows(effective_weight(layer)), mask, *moments)
         kept_rows += kept
-        getattr(layer, "weight_orig", layer.weight).copy_(weight.view_as(original.weight))
-        copies[0].get_submodule(node.target).weight.copy_(weight.view_as(original.weight))
+        for target in (getattr(layer, "weight_orig", layer.weight), copies[0].get_submodule(node.target).weight):
+            target.copy_(as_weight(rows, original.weight))
         release_memory()  # activations come and go by the gigabyte
     return notes + [f"{kept_rows} rows kept their masked weights"] * (kept_rows > 0)
 
@@ -155,16 +164,17 @@ def _moments(
     Each batch of `streams` is the input of the layer in the pruned network, of which the rows x are taken, and in the
     dense one, whose `layer` makes the targets y of it. `number` is that of the layer, for the draw of positions.
     """
-    weight, count = layer.weight.flatten(1), 0
+    weight, count = weight_rows(layer.weight), 0
     inputs, cross = weight.new_zeros(weight.shape[1], weight.shape[1]), torch.zeros_like(weight)
-    for batch, (received, targeted) in enumerate(streams):
-        positions = draw_positions(layer, received, calibration, number, batch)
-        rows = input_rows(layer, received, positions)  # [N, d]
-        targets = input_rows(layer, targeted, positions) @ weight.T  # [N, out]
-        inputs.addmm_(rows.T, rows)
-        cross.addmm_(targets.T, rows)
-        count += len(rows)
-    return inputs.div_(count), cross.div_(count)
+    with exact_products(calibration.dtype):
+        for batch, (received, targeted) in enumerate(streams):
+            positions = draw_positions(layer, received, calibration, number, batch)
+            rows = input_rows(layer, received, positions)  # [N, d]
+            targets = input_rows(layer, targeted, positions) @ weight.T  # [N, out]
+            add_moment(inputs, rows)
+            cross.addmm_(targets.T, rows)
+            count += len(rows)
+    return symmetric(inputs).div_(count), cross.div_(count)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

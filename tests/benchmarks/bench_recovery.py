@@ -1,16 +1,20 @@
-"""Time and memory of both recoveries without labels, on one level of a ResNet-50.
+"""Time, its shares, and memory of both recoveries without labels, on one level of a ResNet-50.
 
     python tests/benchmarks/bench_recovery.py --checkpoint FILE --data_dir FOLDER [--images 2048] [--level 80]
 
 The level is pruned uniformly by magnitude. Evaluating 2,000 images is timed beside it, for comparison. Each recovery
-runs in a process of its own, whose peak memory is shown: decoded training images, the networks and all. Without a
-checkpoint the network is untrained and the images are noise, which costs the same.
+runs in a process of its own, whose peak memory is shown: decoded training images, the networks and all. The time of
+`reconstruction` is split into forward passes of both networks, rows (drawing positions, unfolding inputs), products
+(second moments and targets), solver, and BatchNorm statistics. Without a checkpoint the network is untrained and the
+images are noise, which costs the same.
 """
 
 import argparse
 import resource
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +31,7 @@ from sparsity.networks.evaluation import default_batch_size, evaluate
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import prunable_layers, zeros_by_layer
 from sparsity.prune.pruner import Pruner
-from sparsity.recover import RECOVERIES, Means
+from sparsity.recover import RECOVERIES, Means, reconstruction
 from sparsity.system import machine
 from sparsity.system.methods import Curve
 
@@ -52,6 +56,35 @@ def training_images(args: argparse.Namespace) -> Split:
     return Split(noise, torch.arange(args.images) % 10, *CIFAR10_STATISTICS)
 
 
+def split_time(device: torch.device) -> Counter[str]:
+    """Seconds of each part of `reconstruction`, filled while recoveries run; its functions are wrapped for good."""
+    spent: Counter[str] = Counter()
+
+    def timed(part: str, function: Callable, within: str = "") -> Callable:
+        def call(*given):
+            results = []
+            took = seconds(lambda: results.append(function(*given)), device)
+            spent.update({part: took} if not within else {part: took, within: -took})
+            return results[0]
+
+        return call
+
+    run = reconstruction._Stream.run
+
+    def stream(self, wanted):
+        batches, end = run(self, wanted), object()
+        step = timed("forward passes", lambda: next(batches, end), "products")
+        while (batch := step()) is not end:
+            yield batch
+
+    reconstruction._Stream.run = stream
+    reconstruction.draw_positions = timed("rows", reconstruction.draw_positions, "products")
+    reconstruction.input_rows = timed("rows", reconstruction.input_rows, "products")
+    reconstruction._moments = timed("products", reconstruction._moments)
+    reconstruction.refit = timed("solver", reconstruction.refit)
+    return spent
+
+
 def measure(args: argparse.Namespace) -> None:
     """Print the time of one recovery beside that of an evaluation, and the peak memory of this process."""
     device = machine.resolve_device(args.device)
@@ -69,6 +102,7 @@ def measure(args: argparse.Namespace) -> None:
     means, inference = Means(dense, layers, calibration), inference_copy(dense, dtype)
     means.copy(next(calibration.batches())[0])  # warm-up
     model, notes = Pruner(dense, list(layers)).prune(Curve("l1", "uniform", args.only), args.level)
+    parts = split_time(device)
     spent = seconds(lambda: notes.extend(RECOVERIES[args.only](model, means, 0)), device)
     evaluating = seconds(lambda: evaluate(inference, test, default_batch_size(device)), device)
     zeros = sum(zeros_by_layer({name: model.get_submodule(name) for name in layers}).values())
@@ -78,6 +112,10 @@ def measure(args: argparse.Namespace) -> None:
     print(f"{args.only:15} {spent:7.1f} s a level; {len(test):,} images {evaluating:.1f} s; peak {peak:,.0f} MiB")
     sampled = f"{len(calibration):,} images, at most {calibration.position_limit:,} positions a layer"
     print(" " * 16 + "; ".join([f"{sampled}, {dtype}, {threads} threads, {zeros:,} zeros", *notes]))
+    if parts:
+        parts["BatchNorm statistics and the rest"] = spent - parts.total()
+        shares = (f"{part} {took:.1f} s ({100 * took / spent:.0f} %)" for part, took in parts.most_common())
+        print(" " * 16 + ", ".join(shares))
 
 
 if __name__ == "__main__":

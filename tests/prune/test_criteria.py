@@ -15,7 +15,6 @@ from sparsity.data.images import Split, normalise
 from sparsity.networks.layers import prunable_layers
 from sparsity.prune import allocation, criteria
 from sparsity.prune.criteria import CRITERIA, FILTER_CRITERIA, Evidence, score
-from sparsity.prune.moments import draw_positions, input_rows
 from sparsity.system import methods
 from sparsity.system.errors import UserError
 from sparsity.system.methods import Curve
@@ -162,41 +161,3 @@ def test_a_new_criterion_is_a_function_and_one_call(monkeypatch, small_net, smal
         score("own", evidence)
     del evidence.layers["down"], evidence.layers["hidden"]
     assert torch.equal(score("own", evidence)["stem"], -small_net.stem.weight)
-
-
-LAYERS = [
-    (nn.Conv2d(3, 5, 1), (3, 9, 7)),
-    (nn.Conv2d(3, 5, 1, stride=2), (3, 9, 7)),
-    (nn.Conv2d(3, 4, 3, stride=2, padding=1), (3, 9, 7)),
-    (nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(0, 1), dilation=(2, 1)), (2, 9, 8)),
-    (nn.Linear(6, 4), (6,)),
-    (nn.Linear(6, 4), (5, 6)),
-]
-
-
-@pytest.mark.parametrize(("layer", "shape"), LAYERS)
-def test_unfolded_rows_times_the_weight_are_the_outputs_and_positions_are_among_them(layer, shape):
-    inputs = torch.randn(4, *shape)
-    rows = input_rows(layer, inputs)
-    outputs = layer(inputs).movedim(1, -1) if inputs.dim() == 4 else layer(inputs)
-    expected = (outputs - layer.bias).flatten(0, -2)
-    torch.testing.assert_close(rows @ layer.weight.flatten(1).T, expected, rtol=1e-4, atol=1e-5)
-    everything = rows.view(4, -1, rows.shape[1])
-    count = everything.shape[1]
-    positions = torch.stack([torch.randperm(count)[: max(1, count // 2)] for _ in range(4)])
-    expected = torch.cat([everything[image, positions[image]] for image in range(4)])
-    assert torch.equal(input_rows(layer, inputs, positions), expected)
-    for refused in (nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")):
-        with pytest.raises(ValueError, match="ungrouped"):
-            input_rows(refused, torch.randn(1, 4, 5, 5))
-
-
-def test_positions_are_drawn_once_and_the_same_number_from_every_image(small_split):
-    few = Calibration(small_split, position_limit=50 * 10)
-    layer, inputs = nn.Conv2d(3, 2, 3, padding=1), torch.randn(7, 3, 8, 8)
-    positions = draw_positions(layer, inputs, few, 1, 2)
-    assert positions.shape == (7, 10)
-    assert all(len(set(row.tolist())) == 10 and max(row) < 64 for row in positions)
-    assert torch.equal(positions, draw_positions(layer, inputs, few, 1, 2))
-    assert not torch.equal(positions, draw_positions(layer, inputs, few, 1, 3))
-    assert draw_positions(layer, inputs, Calibration(small_split, position_limit=50 * 64), 1, 2) is None

@@ -1,6 +1,7 @@
 """Fine-tuning: masks hold after every step, removed filters stay removed, the loss falls, rates are rewound."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,8 +78,21 @@ def test_rewound_rates_are_the_last_of_the_training_and_too_large_ones_name_thei
     rates = rewound_rates(0.01, 20, 60, 20)
     assert rates[0] == pytest.approx(0.01) and list(rates) == sorted(rates, reverse=True)
     assert rewound_rates(0.1, 2, 2, 3) == pytest.approx((0.05, 0.1, 0.05))
+    linear = (0.06, 0.1, 0.06, 0.02)  # each epoch at the rate of its middle, the first in the warm-up
+    assert rewound_rates(0.12, 4, 4, 4, warmup_share=0.25) == pytest.approx(linear)
+    assert rewound_rates(0.12, 4, 3, 4, warmup_share=0.25) == pytest.approx((0.06, *linear[:3]))
     with pytest.raises(UserError, match="smaller --finetune_learning_rate"):
         finetune(*pruned(small_net), recipe(small_split, 1e20, 1e20, 1e20, weight_decay=0.1), 0)
+
+
+def test_training_images_are_augmented_as_told(small_net, small_split):
+    found = []
+    for shift, border in ((4, "zeros"), (4, "zeros"), (4, "reflect"), (0, "zeros")):
+        model, layers = pruned(small_net)
+        finetune(model, layers, replace(recipe(small_split, 0.05), shift=shift, border=border), 1)
+        found.append(model.stem.weight_orig.detach())
+    assert torch.equal(found[0], found[1])
+    assert not any(torch.equal(found[0], other) for other in found[2:])
 
 
 @pytest.mark.cuda

@@ -14,13 +14,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import Build_Resnet
-from sparsity.data.calibration import Calibration, draw_calibration
+from sparsity.data.calibration import Augmentation, Calibration, draw_calibration
 from sparsity.data.images import normalise
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import effective_weight, prunable_layers
 from sparsity.prune.masks import prune_l1_uniform
-from sparsity.prune.moments import draw_positions, input_rows
+from sparsity.prune.moments import draw_positions, input_rows, weight_rows
 from sparsity.recover import RECOVERIES, Means
+from sparsity.recover.distill import Distillation
 from sparsity.recover.finetune import Finetuning
 from sparsity.recover.reconstruction import reconstruct, refit, stream_copy
 from sparsity.system import methods
@@ -40,8 +41,8 @@ def resnet():
     return awaken(Build_Resnet.build({"arch": "resnet18", "num_classes": 4, "width": 4}))
 
 
-def means_of(dense, calibration, tuning=None):
-    return Means(dense, tuple(prunable_layers(dense, EXAMPLE)), calibration, tuning)
+def means_of(dense, calibration, **recipes):
+    return Means(dense, tuple(prunable_layers(dense, EXAMPLE)), calibration, **recipes)
 
 
 def pruned(dense, sparsity, names=None):
@@ -78,8 +79,9 @@ def test_zeros_stay_exactly_zero_and_the_dense_network_keeps_its_weights(resnet,
     """With a subset of positions, as in every sweep of a large network."""
     assert RECOVERIES.keys() == methods.RECOVERIES.keys()  # the names are those of the flags
     before = copy.deepcopy(resnet.state_dict())
-    tuning = Finetuning(calibration.images, (0.01,), 16, 0.9, 5e-4, dtype)
-    means = means_of(resnet, replace(calibration, dtype=dtype, position_limit=40 * 6), tuning)
+    recipes = {"tuning": Finetuning(calibration.images, (0.01,), 16, 0.9, 5e-4, dtype)}
+    recipes["distillation"] = Distillation(calibration.images, Augmentation(), 1, 0.01, dtype)
+    means = means_of(resnet, replace(calibration, dtype=dtype, position_limit=40 * 6), **recipes)
     for sparsity in (0.0, 0.5, 0.9, 1.0):
         model = pruned(resnet, sparsity)
         masked = weights_of(model)
@@ -118,11 +120,11 @@ def test_each_layer_is_the_damped_least_squares_fit_under_its_mask(small_net, ca
             torch.cat([input_rows(layer, x, places) for x, places in zip(parts, positions, strict=True)]).double()
             for parts in chunks
         )
-        targets = (targets @ layer.weight.detach().flatten(1).double().T).numpy()
+        targets = (targets @ weight_rows(layer.weight.detach()).double().T).numpy()
         rows, count = rows.numpy(), len(rows)
         pull = (0.01 * np.square(rows).mean()) ** 0.5 * np.eye(rows.shape[1])
         stacked = np.concatenate([rows / count**0.5, pull])
-        for row, (old, new) in enumerate(zip(masked[name].flatten(1), weight.flatten(1), strict=True)):
+        for row, (old, new) in enumerate(zip(weight_rows(masked[name]), weight_rows(weight), strict=True)):
             old, new = old.double().numpy(), new.double().numpy()
             kept = old != 0
             wanted = np.concatenate([targets[:, row] / count**0.5, pull @ old])
@@ -197,18 +199,26 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_float32_products_of_a_bfloat16_sweep_are_not_rounded_to_tf32(small_net, calibration):
-    means, model = means_of(small_net, replace(calibration, dtype=torch.bfloat16)), pruned(small_net, 0.5)
-    products = Products()
-    products.allowed = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_products_of_bfloat16_activations_may_be_rounded_to_tf32(small_net, calibration, monkeypatch, dtype):
+    means, model = means_of(small_net, replace(calibration, dtype=dtype)), pruned(small_net, 0.5)
+    everywhere, solver = Products(), Products()
+    everywhere.allowed, solver.allowed = [], []
+
+    def watched(*given):
+        with solver:
+            return refit(*given)
+
+    monkeypatch.setattr(MODULE + "refit", watched)
     torch.set_float32_matmul_precision("high")
     try:
-        with products:
+        with everywhere:
             rebuild(model, means)
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert products.allowed and not any(products.allowed)
+    assert solver.allowed and not any(solver.allowed)
+    assert any(everywhere.allowed) == (dtype == torch.bfloat16)
 
 
 def test_layers_run_as_soon_as_they_can_and_the_network_stays_the_same(resnet):
