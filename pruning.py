@@ -24,7 +24,7 @@ from sparsity.networks.layers import Layer, exclude, positions_per_image, prunab
 from sparsity.networks.sparse import require_supported
 from sparsity.prune.filters import inner_convs
 from sparsity.recover import RECOVERIES
-from sparsity.results import summary
+from sparsity.results import comparison, summary, verdicts
 from sparsity.results.files import SweepFiles
 from sparsity.results.store import Sweep, join_parts, open_sweep, read_sweep
 from sparsity.sweep import inputs, work
@@ -94,7 +94,7 @@ def sweep_levels(args: argparse.Namespace) -> None:
         evaluator = Evaluator(sweep, inference, fast, test, positions, layers=tuple(prunable), **rest)
         evaluate_missing(args, given, panel, evaluator)
         if processes.first():
-            measure_controls(args.controls, evaluator, given.dense)
+            measure_controls(args.controls, evaluator, given.saved, given.dense)
             bar.close()
             conclude(sweep, args.tolerance, args.sensitivity)
     processes.leave()
@@ -150,7 +150,10 @@ def evaluate_missing(args: argparse.Namespace, given: inputs.Inputs, panel: work
     """Evaluate the networks without a row: the dense ones by all processes together, then each its share."""
     sweep, iterative = evaluator.sweep, args.schedule == "iterative"
     missing = work.find_missing(sweep, panel, iterative)
-    calibration, train = inputs.load_training_images(args, given, missing.values())
+    settings = sweep.header["settings"]
+    known = settings.get("calibration_augmentation")
+    calibration, train = inputs.load_training_images(args, given, missing.values(), known)
+    settings["calibration_augmentation"] = str(calibration.augmentation) if calibration else known
     processes.wait()  # all have read the files that are there
     sweep.begin(calibration_sha256=calibration and calibration.images.hash(), training_sha256=train and train.hash())
     args.words = [word for word in args.words if word != "--restart"]  # an interrupted run goes on with its rows
@@ -159,7 +162,9 @@ def evaluate_missing(args: argparse.Namespace, given: inputs.Inputs, panel: work
     for name in missing:
         if name not in sweep.dense:
             evaluator.add_dense(name, networks.open(name).means.dense)
-    costs = work.level_costs(len(given.test), len(calibration or ()), args.finetune_epochs * len(train or ()))
+    tuned = args.finetune_epochs * len(train or ())
+    distilled = args.distill_epochs * len(inputs.distillation_images(args, train)) if train else 0
+    costs = work.level_costs(len(given.test), len(calibration or ()), distilled, tuned)
     run_experiment(sweep, networks, work.my_share(missing, costs, iterative), evaluator, iterative)
     processes.wait()
     if processes.first():
@@ -172,12 +177,16 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
         heatmaps.plot_sensitivity(sweep.files)
         print(summary.sensitivity_table(sweep))
     else:
-        entries = summary.summarise_all(sweep, tolerance)
+        entries = verdicts.summarise_all(sweep, tolerance)
+        comparisons = comparison.compare_curves(sweep, entries)
         sweep.record("summary", entries)
+        sweep.record("comparisons", comparisons)
         summary.write_markdown(sweep)
         accuracy.plot_all(sweep.files)
         print(summary.summary_table(sweep))
-        for line in [*(entry["sentence"] for entry in entries), *savings_lines(sweep)]:
+        sentences = [entry["sentence"] for entry in [*entries, *comparisons]]
+        allocations = comparison.allocation_sentence(comparisons)
+        for line in filter(None, [*sentences, allocations, verdicts.scope_text(sweep), *savings_lines(sweep)]):
             print(line)
     sweep.files.drop_states()
     sweep.files.drop_old()

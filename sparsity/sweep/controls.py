@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import evaluate
-from sparsity.networks.families import load_network
+from sparsity.networks.families import argument_words, load_control, short_name
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import census, positions_per_image, prunable_layers
 from sparsity.results.rows import Row, read_rows, write_rows
@@ -34,15 +34,16 @@ def recipe_words(saved: Checkpoint) -> str:
 
 
 def network_name(spec: dict[str, Any]) -> str:
-    """A network in words: 'resnet18', 'resnet50 width 32', with 'thin' where filters were removed."""
-    width = "" if spec["width"] == 64 else f" width {spec['width']}"
-    return f"{spec['arch']}{width}" + (" thin" if spec.get("widths") else "")
+    """A network in words: 'resnet18', 'resnet50 width 32', 'small.py:make width=8', 'thin' without some filters."""
+    width = "" if spec.get("width", 64) == 64 else f" width {spec['width']}"
+    arguments = f" {argument_words(spec['arch_args'])}" if spec.get("arch_args") else ""
+    return f"{short_name(spec['arch'])}{width}{arguments}" + (" thin" if spec.get("widths") else "")
 
 
 def require_comparable(paths: list[Path], main: Checkpoint) -> None:
     """UserError unless each control can be read and was trained for the images that `main` is tested on."""
     for path in paths:
-        saved, _ = load_network(path)
+        saved, _ = load_control(path, main.model)
         alike = saved.model["num_classes"] == main.model["num_classes"]
         if saved.data and main.data:
             keys = ("image_size", "mean", "std", "classes")
@@ -51,11 +52,11 @@ def require_comparable(paths: list[Path], main: Checkpoint) -> None:
             raise UserError(f"--controls {path} was trained on other images than {main.path}; compare like with like")
 
 
-def measure_controls(paths: list[Path], evaluator: Evaluator, dense: nn.Module) -> None:
+def measure_controls(paths: list[Path], evaluator: Evaluator, main: Checkpoint, dense: nn.Module) -> None:
     """Evaluate each control and write its row to the controls' CSV when it is finished; rows that are there are kept.
 
     The CSV has the columns of the sweep's: the criterion is `dense`, the allocation names the network, the notes tell
-    how it was trained. A control is compared with the sweep's first checkpoint, whose network is `dense`: lost and
+    how it was trained. A control is compared with the first checkpoint `main`, whose network is `dense`: lost and
     gained images, speed-up, and in `macs_ratio` and `compression` how many times smaller it is.
     """
     if not paths:
@@ -65,7 +66,7 @@ def measure_controls(paths: list[Path], evaluator: Evaluator, dense: nn.Module) 
     evaluator.begin(next(iter(sweep.header["checkpoints"])), dense.to(evaluator.test.images.device))
     rows = {row.key: row for row in read_rows(sweep.files.controls)}
     for name, path in zip(distinct_names(paths), paths, strict=True):
-        saved, network = load_network(path)
+        saved, network = load_control(path, main.model)
         curve = Curve("dense", network_name(saved.model), "none")
         control = PrunedNetwork(saved, name, curve, 0.0, network, [recipe_words(saved)], time.perf_counter())
         row, known = rows.get(control.key), sweep.header.get("controls", {}).get(control.key, {})

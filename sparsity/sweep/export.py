@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.data.images import Split
-from sparsity.networks.checkpoint import save, save_packed
+from sparsity.networks.checkpoint import save, save_packed, save_safetensors
 from sparsity.networks.evaluation import Evaluation, evaluate
-from sparsity.networks.families import build_empty, load_network
+from sparsity.networks.families import build_empty, load_network, takes_widths
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import unmasked_state
 from sparsity.networks.packed import entropy_bits, stored
@@ -30,8 +30,12 @@ def thin_network(model: nn.Module, spec: dict[str, Any]) -> tuple[nn.Module, dic
     """The thin network of `model`, masked or not: without the channels that can go at unchanged outputs.
 
     It is on the CPU, in eval mode; with its description, made from `spec` of `model`, and the counts of channels.
+    Networks that are not built with fewer filters (`takes_widths`) keep all.
     """
     found = thin(model)
+    if found.removed and not takes_widths(spec):
+        whole = {name: value.cpu() for name, value in unmasked_state(model).items()}
+        found = Thin(whole, {}, 0, found.removed + found.dead)
     if found.removed:
         spec = spec | {"widths": spec.get("widths", {}) | found.widths}
     network = build_empty(spec)
@@ -67,7 +71,8 @@ class ExportFiles:
     def write(self, path: Path, content: dict[str, Any]) -> None:
         """Write a network, {'net': state dict on the CPU, ...}, in the precision and form of these files.
 
-        A dense file is a checkpoint with zeros, in the reference's format; with bf16 its tensors are of that type.
+        Dense and safetensors files hold zeros; dense ones are in the reference's format. With bf16 their tensors are
+        of that type.
         """
         if self.form == "packed":
             save_packed(path, content, self.precision)
@@ -75,7 +80,8 @@ class ExportFiles:
         net = stored(content["net"], self.precision)
         if self.precision == "bf16":
             net = {name: value.bfloat16() if value.is_floating_point() else value for name, value in net.items()}
-        save(path, content | {"net": net})
+        write = save_safetensors if self.form == "safetensors" else save
+        write(path, content | {"net": net})
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Exporter:
             notes.append(f"file {accuracy:.2f} %, {differing} predictions differ")
         path = self.files.path(pruned.curve, pruned.level)
         self.files.write(path, {"net": state} | self._metadata(pruned, row, spec, accuracy))
-        found = load_network(path)[1].state_dict()
+        found = load_network(path, pruned.saved.model)[1].state_dict()
         if wrong := [name for name in kept if not torch.equal(found[name], kept[name])]:
             raise UserError(f"{path} came back with other values of {wrong[0]}; the disk or memory is not sound")
         entry = self._entry(path, row) | {"accuracy": accuracy}

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.system.flags import (
+    ARCH_HELP,
+    BUILT_IN,
     DATASETS,
+    add_arch_flags,
     add_machine_flags,
     given_flags,
+    images_type,
     integer,
     levels_type,
     number,
@@ -18,10 +22,15 @@ from sparsity.system.flags import (
 )
 from sparsity.system.methods import ALLOCATIONS, CRITERIA, FILTER_ALLOCATIONS, FILTER_CRITERIA, RECOVERIES, Curve
 
-EXPORT_FORMATS = {"packed": ".npz", "dense": ".pth"}  # name -> ending
+EXPORT_FORMATS = {"packed": ".npz", "dense": ".pth", "safetensors": ".safetensors"}  # name -> ending
 EXPORT_BITS = {"fp32": 32, "bf16": 16}  # precision of exported values -> bits of one
 ENGINES = ("dense", "sparse")
+NORMALISATIONS = {  # name -> of --mean and --std
+    "imagenet": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+    "half": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
 CALIBRATION_IMAGES = 2048
+TRAINING = ("distill", "finetune")  # recoveries with flags of their own: --distill_epochs and so on
 SENSITIVITY_LEVELS = [50.0, 80.0, 90.0, 95.0]
 SENSITIVITY_IMAGES = 1000
 
@@ -41,6 +50,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class Channels(argparse.Action):
+    """An argparse action: three numbers in 0..1, those of --std above 0, or the name of one of NORMALISATIONS."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        """Store the three numbers; ArgumentError for anything else."""
+        if len(values) == 1 and values[0] in NORMALISATIONS:
+            values = NORMALISATIONS[values[0]][self.dest]
+        if len(values) != 3:
+            names = " or ".join(NORMALISATIONS)
+            raise argparse.ArgumentError(self, f"takes three numbers, or {names}, not {' '.join(values)}")
+        try:
+            setattr(namespace, self.dest, [number(0, 1, above=self.dest == "std")(value) for value in values])
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, f"{error}, as images are in 0..1") from error
+
+
 def _several(names: Iterable[str], default: str, text: str) -> dict[str, Any]:
     """The keywords of a flag that takes one or more of these names."""
     choices = tuple(names)
@@ -51,6 +78,7 @@ def _several(names: Iterable[str], default: str, text: str) -> dict[str, Any]:
 def _add_pruning_flags(add: Callable[..., Any]) -> None:
     text = "one or more, as seeds of one experiment (the newest numbered one in --checkpoint_dir)"
     add("--checkpoint", type=Path, nargs="+", metavar="FILE", help=text)
+    add_arch_flags(add, None, f"network, where a checkpoint alone may not or does not tell it: {ARCH_HELP}")
     text = "percent: start:stop:step, or a list such as 0,40,99.5 (%(default)s)"
     add("--levels", type=levels_type, default="0:100:5", metavar="L", help=text)
     text = "score by which weights (filter_...: whole filters) are removed, lowest first"
@@ -68,6 +96,12 @@ def _add_recovery_flags(add: Callable[..., Any]) -> None:
     add("--recover", **_several(RECOVERIES, "none", "recovery after pruning; only finetune reads labels"))
     text = f"of the training split ({CALIBRATION_IMAGES}, or all where there are fewer)"
     add("--calibration_images", type=integer(2), metavar="N", help=text)
+    text = "of the training split that distill trains on, without labels; a number, or all (%(default)s)"
+    add("--distill_images", type=images_type, default="all", metavar="N", help=text)
+    text = "epochs of distillation at each level (%(default)s)"
+    add("--distill_epochs", type=integer(1, 10_000), default=1, metavar="N", help=text)
+    text = "of the first step of distillation, from which it falls to 0 (%(default)s)"
+    add("--distill_learning_rate", type=number(0, 1e30, above=True), default=0.05, metavar="RATE", help=text)
     add(
         "--finetune_epochs",
         type=integer(1, 10_000),
@@ -82,6 +116,10 @@ def _add_recovery_flags(add: Callable[..., Any]) -> None:
 def _add_evaluation_flags(add: Callable[..., Any]) -> None:
     add("--dataset", choices=tuple(DATASETS), help="images to test on (from the checkpoint)")
     add("--data_dir", type=Path, metavar="DIR", help="folder of the images (from the checkpoint)")
+    add("--image_size", type=integer(4, 512), metavar="N", help="pixels a side of the images (from the checkpoint)")
+    text = "of each channel of images in 0..1: three numbers, imagenet, or half (from the checkpoint)"
+    add("--mean", nargs="+", action=Channels, metavar="M", help=text)
+    add("--std", nargs="+", action=Channels, metavar="S", help="likewise")
     text = "the first N of a fixed, class-balanced order (all)"
     add("--max_test_images", type=integer(1), metavar="N", help=text)
     add("--batch_size", type=integer(1), metavar="N", help="test images at a time (32 on a CPU, 500 on a GPU)")
@@ -103,7 +141,7 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--export", type=levels_type, metavar="L", help="write the networks of these levels to files (none)")
     text = "of values in files (%(default)s)"
     add("--export_precision", choices=tuple(EXPORT_BITS), default="fp32", help=text)
-    text = "packed (.npz), or dense: a .pth with zeros that other code reads (%(default)s)"
+    text = "packed (.npz); dense (.pth) and safetensors: with zeros, which other code reads (%(default)s)"
     add("--export_format", choices=tuple(EXPORT_FORMATS), default="packed", help=text)
     add("--restart", action="store_true", help="measure again the rows that are in the CSV (off)")
 
@@ -127,7 +165,8 @@ def clash(args: argparse.Namespace, given: set[str]) -> str | None:
     iterative, export = args.schedule == "iterative", args.export is not None
     filters = sorted(set(args.criterion) & FILTER_CRITERIA.keys())
     weights = [name for name in args.allocation if name not in FILTER_ALLOCATIONS]
-    tuned = sorted(given & {"finetune_epochs", "finetune_learning_rate"})
+    recoveries = [] if args.compare else args.recover
+    idle = [flag for flag in sorted(given) if (name := flag.split("_")[0]) in TRAINING and name not in recoveries]
     formats = sorted(given & {"export_precision", "export_format"})
     curves = [Curve(*parts) for parts in itertools.product(args.criterion, args.allocation, args.recover)]
     calibrated = args.compare or any(curve.needs_calibration for curve in curves)
@@ -144,17 +183,21 @@ def clash(args: argparse.Namespace, given: set[str]) -> str | None:
          "--sensitivity prunes one layer at a time; leave out --export and --measure"),
         (args.sensitivity and args.controls,
          "--sensitivity draws no controls; leave out --controls"),
-        (tuned and (args.compare or "finetune" not in args.recover),
-         f"--{''.join(tuned[:1])} has no effect without --recover finetune"),
+        (idle,
+         f"--{''.join(idle[:1])} has no effect without --recover {''.join(idle[:1]).split('_')[0]}"),
         (filters and weights,
          f"--criterion {''.join(filters[:1])} removes whole filters, which --allocation {''.join(weights[:1])} "
          f"is not made for; use {' or '.join(FILTER_ALLOCATIONS)}"),
+        (args.arch_args and (args.arch is None or args.arch in BUILT_IN),
+         "--arch_args needs an --arch that is not built in"),
         (formats and not export,
          f"--{''.join(formats[:1])} has no effect without --export"),
         (export and iterative and "levels" not in given,
          "--schedule iterative prunes in the steps of --levels; give them with --export"),
         (export and len(args.checkpoint or []) > 1,
          "--export writes a file for each curve and level; name one --checkpoint"),
+        (len(given & {"mean", "std"}) == 1,
+         "--mean and --std belong together; give both"),
         ("calibration_images" in given and not calibrated,
          "--calibration_images has no effect without a criterion or --recover that looks at images"),
     )  # fmt: skip

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from sparsity.data.sources import Source
+from sparsity.networks.families import file_word, short_name
 from sparsity.sweep.flags import CALIBRATION_IMAGES
-from sparsity.sweep.inputs import Inputs
+from sparsity.sweep.inputs import Inputs, recorded_augmentation
 from sparsity.sweep.work import Panel
 from sparsity.system.flags import level_text
 from sparsity.system.machine import describe_machine, versions
@@ -15,24 +16,29 @@ from sparsity.system.machine import describe_machine, versions
 
 def output_name(name: str | None, source: Source, spec: dict) -> str:
     """The stem of the outputs; that images are synthetic is always in it."""
-    name = name or f"{source.name}_{spec['arch']}"
+    name = name or f"{source.name}_{file_word(spec['arch'])}"
     return name if source.dataset != "synthetic" or "synthetic" in name else f"synthetic_{name}"
 
 
 def describe_sweep(args: argparse.Namespace, given: Inputs, panel: Panel) -> dict[str, Any]:
     """The content of the JSON; rows are only mixed where `settings` and `data` are the same."""
-    arch, source, test, device = given.saved.model["arch"], given.source, given.test, torch.device(args.device)
+    spec, source, test, device = given.saved.model, given.source, given.test, torch.device(args.device)
+    arch = short_name(spec["arch"])
     names = list(given.described)
     title = ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
     # An iterative curve depends on all levels before, so that levels cannot be added to one that is there.
     levels = ",".join(map(level_text, args.levels))
-    calibrated = any(curve.needs_calibration for curve in panel) or None
+    calibrated, told = any(curve.needs_calibration for curve in panel) or None, recorded_augmentation(given.saved)
     tuned = any(curve.trains for curve in panel) or None
+    distilled = any(curve.distills for curve in panel) or None
+    taught = f"{args.distill_epochs} epochs, {args.distill_images or 'all'} images, {args.distill_learning_rate:g}"
     return {
         "title": f"{arch} on {source.name}, {title}\n{len(test):,} test images, {args.precision}",
         "curves": [list(curve) for curve in panel],
         "settings": {
             "arch": arch,
+            "arch_args": spec.get("arch_args") or None,
+            "arch_sha256": spec.get("sha256"),
             "test_images": len(test),
             "batch_size": args.batch_size,
             "precision": args.precision,
@@ -40,7 +46,9 @@ def describe_sweep(args: argparse.Namespace, given: Inputs, panel: Panel) -> dic
             "threads": args.threads,
             "seed": args.seed,
             "calibration_images": calibrated and (args.calibration_images or CALIBRATION_IMAGES),
+            "calibration_augmentation": calibrated and told and str(told),  # chosen later where no checkpoint tells it
             "schedule": f"iterative {levels}" if args.schedule == "iterative" else "oneshot",
+            "distill": distilled and taught,
             "finetune": tuned and f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
             "engine": args.engine,
             "torch": str(torch.__version__),

@@ -1,19 +1,22 @@
-"""The inputs of a sweep: checkpoints, test images, calibration images, training images for fine-tuning."""
+"""The inputs of a sweep: checkpoints, test images, calibration images, training images for recoveries."""
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsity.data.calibration import Calibration, draw_calibration
+from sparsity.data.calibration import AUGMENTATIONS, Augmentation, Calibration, draw_calibration
 from sparsity.data.images import CIFAR10_STATISTICS, CIFAR100_STATISTICS, Split, class_balanced_order
 from sparsity.data.sources import Source, load_split
 from sparsity.networks.checkpoint import Checkpoint, newest
-from sparsity.networks.families import load_network
+from sparsity.networks.families import load_network, named
+from sparsity.networks.inference import inference_copy
+from sparsity.networks.outputs import require_logits
+from sparsity.recover.batchnorm import augmentation_distances
 from sparsity.recover.finetune import rewound_rates
 from sparsity.sweep.flags import CALIBRATION_IMAGES
 from sparsity.sweep.work import Panel
@@ -23,8 +26,13 @@ from sparsity.system.flags import DATASETS
 from sparsity.system.machine import DTYPES
 
 # Settings of a training that checkpoints of one experiment, which differ in their seeds, have in common.
-RECIPE = ("epochs", "recipe", "optimizer", "learning_rate", "batch_size", "momentum", "weight_decay", "T_max")
-REFERENCE_TRAINING = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4}  # where a checkpoint tells no other
+RECIPE = (
+    *("epochs", "recipe", "optimizer", "learning_rate", "batch_size", "momentum", "weight_decay", "T_max"),
+    *("shift", "border"),
+)
+# Where a checkpoint tells no other.
+REFERENCE_TRAINING = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "shift": 4, "border": "zeros"}
+CHOICE_IMAGES = 512  # by whose statistics an augmentation is chosen; twice as many choose the same
 
 
 def finetuning_rates(args: argparse.Namespace, saved: Checkpoint) -> tuple[float, ...]:
@@ -36,15 +44,24 @@ def finetuning_rates(args: argparse.Namespace, saved: Checkpoint) -> tuple[float
         raise UserError(
             f"{saved.path} does not tell the learning rates of its training; give --finetune_learning_rate a number"
         )
-    rates = rewound_rates(told["learning_rate"], told["T_max"], saved.epoch, epochs, told.get("warmup_epochs", 0))
+    share = told["warmup_share"] if told.get("schedule_shape") == "linear" else None
+    schedule = told["T_max"], saved.epoch, epochs, told.get("warmup_epochs", 0), share
+    rates = rewound_rates(told["learning_rate"], *schedule)
     if not any(rates):
         raise UserError(f"{saved.path}: the last learning rates of its training are 0; use more --finetune_epochs")
     return rates
 
 
 def training_recipe(saved: Checkpoint) -> dict[str, Any]:
-    """Batch size, momentum and weight decay of a checkpoint's training, the study's where it does not tell them."""
+    """Batch size, momentum, weight decay, shift and border of a checkpoint's training; the study's if it tells none."""
     return {key: saved.settings.get(key, usual) for key, usual in REFERENCE_TRAINING.items()}
+
+
+def distillation_images(args: argparse.Namespace, train: Split) -> Split:
+    """The images that distillation trains on: --distill_images of the training split, the classes balanced, or all."""
+    if args.distill_images is None or args.distill_images >= len(train):
+        return train
+    return train.take(class_balanced_order(train.labels.cpu(), args.seed)[: args.distill_images])
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class Inputs:
     """The checkpoints of a sweep (`described` as from `describe_checkpoints`) and its test images.
 
     `saved` and `dense` are the first checkpoint and its network, on the CPU, which stands for the others in all but
-    its weights.
+    its weights; `saved.data` tells the images of the sweep, whatever the file tells.
     """
 
     paths: list[Path]
@@ -73,23 +90,50 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
     """Read the checkpoints and the test images that the flags name; UserError where they cannot be swept together."""
     paths = args.checkpoint or [newest(args.checkpoint_dir)]
     described = describe_checkpoints(args, paths)
-    saved, dense = load_network(paths[0])
-    source = find_source(saved, args.dataset, args.data_dir)
+    saved, dense = load_network(paths[0], named(args.arch, args.arch_args))
+    source = find_source(saved, args.dataset, args.data_dir, args.image_size)
+    mean, std = find_normalisation(saved, source, args.mean, args.std)
+    told = {"image_size": source.image_size, "mean": mean, "std": std}
+    images = {"dataset": source.dataset, "data_dir": str(source.data_dir), "name": source.name}
+    saved = replace(saved, data=images | (saved.data or {}) | told)
+    require_logits(dense, saved.model["arch"], source.image_size, saved.model["num_classes"])
     with processes.first_alone():  # images may have to be downloaded
         test, classes = load_test_images(source, saved, args.max_test_images)
+    saved.data.setdefault("classes", classes)
     return Inputs(paths, described, saved, dense, source, test, classes)
 
 
-def find_source(saved: Checkpoint, dataset: str | None, data_dir: Path | None) -> Source:
+def find_source(saved: Checkpoint, dataset: str | None, data_dir: Path | None, image_size: int | None = None) -> Source:
     """The images that the flags or else the checkpoint name; UserError when neither does."""
     data = saved.data or {}
     dataset = dataset or data.get("dataset") or {10: "cifar10", 100: "cifar100"}.get(saved.model["num_classes"])
     if dataset not in DATASETS:
         raise UserError(f"{saved.path} does not tell its dataset; name one of {', '.join(DATASETS)} with --dataset")
-    if not data:
-        print(f"{saved.path} has no metadata: images of {dataset} are normalised with the usual constants of CIFAR")
     folder = data_dir or Path(data.get("data_dir", "datasets"))
-    return Source(dataset, folder, data.get("image_size") or DATASETS[dataset])
+    told = data.get("image_size")
+    if image_size and told and image_size != told:
+        print(f"{saved.path} was trained on images of {told} pixels; --image_size {image_size} is used instead")
+    return Source(dataset, folder, image_size or told or DATASETS[dataset])
+
+
+def find_normalisation(
+    saved: Checkpoint, source: Source, mean: list[float] | None, std: list[float] | None
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the channels: of the flags, of the checkpoint, or the usual ones; says which."""
+    usual = CIFAR100_STATISTICS if source.dataset == "cifar100" else CIFAR10_STATISTICS
+    told = ([*saved.data["mean"]], [*saved.data["std"]]) if saved.data else None
+    used = (mean, std) if mean and std else told or tuple(map(list, usual))
+    whence = "--mean and --std" if mean else "its training" if told else "CIFAR, as it has no metadata"
+    if mean and told and used != told:
+        whence += f", not those of its training ({_constants(told)})"
+    print(f"{saved.path}: images of {source.image_size} pixels, {_constants(used)}, the constants of {whence}")
+    return used
+
+
+def _constants(statistics: tuple[list[float], list[float]]) -> str:
+    """Mean and standard deviation, in words."""
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in statistics)
+    return f"mean {mean}, std {std}"
 
 
 def load_test_images(source: Source, saved: Checkpoint, max_images: int | None) -> tuple[Split, list[str]]:
@@ -105,15 +149,16 @@ def load_test_images(source: Source, saved: Checkpoint, max_images: int | None) 
 
 
 def load_training_images(
-    args: argparse.Namespace, given: Inputs, panels: Iterable[Panel]
+    args: argparse.Namespace, given: Inputs, panels: Iterable[Panel], augmentation: str | None
 ) -> tuple[Calibration | None, Split | None]:
-    """Calibration images, and the labelled training images of fine-tuning; each only if a curve of `panels` needs it.
+    """Calibration images, and the training split that recoveries train on; each only if a curve of `panels` needs it.
 
-    Both are on the sweep's device.
+    Both are on the sweep's device. `augmentation` is that of the calibration images of rows that are there.
     """
     device, asked = torch.device(args.device), args.calibration_images
     curves = {curve for panel in panels for curve in panel}
     calibrated, tuned = any(curve.needs_calibration for curve in curves), any(curve.trains for curve in curves)
+    distilled = any(curve.distills for curve in curves)
     if not calibrated and not tuned:
         return None, None
     with processes.first_alone():
@@ -125,22 +170,48 @@ def load_training_images(
         if any(curve.criterion == "gradient" for curve in curves):
             print("the criterion gradient reads the labels of the calibration images")
         count = min(asked or CALIBRATION_IMAGES, len(train))
-        calibration = draw_calibration(train, count, args.seed, device, DTYPES[args.precision])
-    if not tuned:
-        return calibration, None
-    print(f"fine-tuning reads the labels of {len(train):,} training images")
-    return calibration, train.to(device)
+        chosen = find_augmentation(args, given, train, augmentation)
+        calibration = draw_calibration(train, count, args.seed, device, DTYPES[args.precision], chosen)
+    if distilled:
+        count = len(distillation_images(args, train))
+        print(f"distillation trains on {count:,} training images, without their labels")
+    if tuned:
+        print(f"fine-tuning reads the labels of {len(train):,} training images")
+    return calibration, train.to(device) if tuned or distilled else None
+
+
+def recorded_augmentation(saved: Checkpoint) -> Augmentation | None:
+    """The augmentation of a checkpoint's training; None where it does not tell it, as in the study's format."""
+    recipe = training_recipe(saved)
+    return Augmentation(recipe["shift"], recipe["border"]) if saved.settings else None
+
+
+def find_augmentation(args: argparse.Namespace, given: Inputs, train: Split, known: str | None) -> Augmentation:
+    """The augmentation of calibration images: that of the training of the first checkpoint, as it tells it.
+
+    Where it tells none, the one that is `known` from earlier rows, or else that of AUGMENTATIONS under which the dense
+    network's statistics come nearest to the stored ones, on a few of the training images and without their labels.
+    """
+    there = {str(augmentation): augmentation for augmentation in AUGMENTATIONS}
+    if told := recorded_augmentation(given.saved) or there.get(known):
+        return told
+    device, dtype = torch.device(args.device), DTYPES[args.precision]
+    choices = [choice for choice in AUGMENTATIONS if choice.shift < train.images.shape[-1]]
+    drawn = (draw_calibration(train, CHOICE_IMAGES, args.seed, device, dtype, choice) for choice in choices)
+    distances = augmentation_distances(inference_copy(given.dense.to(device), dtype, fold=False), drawn)
+    chosen = processes.gather(min(distances, key=distances.get, default=Augmentation()))[0]
+    found = "nearest to its BatchNorm statistics" if distances else "calibration images get the usual one"
+    print(f"{given.saved.path} does not tell the augmentation of its training; {found}: {chosen}")
+    return chosen
 
 
 def _load(source: Source, saved: Checkpoint, train: bool) -> tuple[Split, list[str]]:
-    """A split, normalised as the checkpoint was trained; UserError unless both tell the same classes apart."""
+    """A split, normalised as `saved.data` tells; UserError unless both tell the same classes apart."""
     data, num_classes = saved.data, saved.model["num_classes"]
-    usual = CIFAR100_STATISTICS if source.dataset == "cifar100" else CIFAR10_STATISTICS
-    statistics = (tuple(data["mean"]), tuple(data["std"])) if data else usual
-    split, classes = load_split(source, train, statistics)
+    split, classes = load_split(source, train, (tuple(data["mean"]), tuple(data["std"])))
     if len(classes) != num_classes:
         raise UserError(f"{saved.path} tells {num_classes} classes apart, {source.name} has {len(classes)}")
-    if data and data["classes"] != classes:
+    if data.get("classes", classes) != classes:
         pairs = zip(data["classes"], classes, strict=False)
         differing = next((pair for pair in pairs if pair[0] != pair[1]), ("fewer", "more"))
         raise UserError(
@@ -157,7 +228,7 @@ def describe_checkpoints(args: argparse.Namespace, paths: list[Path]) -> dict[st
     described: dict[str, dict[str, Any]] = {}
     alike, trained = [], []
     for name, path in zip(distinct_names(paths), paths, strict=True):
-        saved, _ = load_network(path)
+        saved, _ = load_network(path, named(args.arch, args.arch_args))
         twins = [other for other, entry in described.items() if entry["sha256"] == saved.sha256]
         if twins or name in described:
             raise UserError(f"--checkpoint {path} is the same as {(twins or [name])[0]}; name each one once")

@@ -1,7 +1,7 @@
 """A checkpoint while it is swept: its dense network, pruner and recovery, and where an iterative curve goes on."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,10 +13,11 @@ from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.families import load_network
 from sparsity.prune.pruner import Pruner
 from sparsity.recover import Means
+from sparsity.recover.distill import Distillation
 from sparsity.recover.finetune import Finetuning
 from sparsity.results.rows import row_key
 from sparsity.results.store import Sweep
-from sparsity.sweep.inputs import Inputs, finetuning_rates, training_recipe
+from sparsity.sweep.inputs import Inputs, distillation_images, finetuning_rates, training_recipe
 from sparsity.system.errors import UserError
 from sparsity.system.machine import DTYPES, derived_seed
 from sparsity.system.methods import Curve
@@ -43,7 +44,7 @@ class Networks:
     """The checkpoints of a sweep, opened one after the other.
 
     `names` are those that their rows are recorded with, in the order of the checkpoints in `given`; `layers` names the
-    prunable layers, `train` is None where nothing is fine-tuned.
+    prunable layers, `train` is None where no recovery trains.
     """
 
     args: argparse.Namespace
@@ -56,15 +57,19 @@ class Networks:
     def open(self, name: str) -> Network:
         """Read a checkpoint; UserError when it is another one than the sweep began with."""
         path, entry = list(zip(self.given.paths, self.given.described.values(), strict=True))[self.names.index(name)]
-        saved, dense = load_network(path)
+        saved, dense = load_network(path, self.given.saved.model)
         if saved.sha256 != entry["sha256"]:
             raise UserError(f"{path} was replaced while it was being swept; start again")
-        tuning = None
-        if self.train is not None:
-            rates, dtype = finetuning_rates(self.args, saved), DTYPES[self.args.precision]
-            tuning = Finetuning(self.train, rates, **training_recipe(saved), dtype=dtype)
-        means = Means(dense.to(torch.device(self.args.device)), self.layers, self.calibration, tuning)
-        return Network(name, saved, means, self.args.seed)
+        saved = replace(saved, data=self.given.saved.data)  # what exported files tell of the images
+        args, dtype = self.args, DTYPES[self.args.precision]
+        tuning = distillation = None
+        if "finetune" in args.recover and self.train is not None:
+            tuning = Finetuning(self.train, finetuning_rates(args, saved), **training_recipe(saved), dtype=dtype)
+        if "distill" in args.recover and self.train is not None:
+            images, augmentation = distillation_images(args, self.train), self.calibration.augmentation
+            distillation = Distillation(images, augmentation, args.distill_epochs, args.distill_learning_rate, dtype)
+        means = Means(dense.to(torch.device(args.device)), self.layers, self.calibration, tuning, distillation)
+        return Network(name, saved, means, args.seed)
 
 
 def resume_curve(sweep: Sweep, network: Network, curve: Curve, levels: list[float]) -> tuple[Pruner, list[float]]:

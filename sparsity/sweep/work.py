@@ -70,15 +70,18 @@ def my_share(missing: dict[str, Panel], costs: dict[str, float], iterative: bool
     return mine
 
 
-def level_costs(test_images: int, calibration_images: int, finetuned_images: int) -> dict[str, float]:
+def level_costs(
+    test_images: int, calibration_images: int, distilled_images: int, finetuned_images: int
+) -> dict[str, float]:
     """Recovery -> about how many images a level costs, in forward passes; only their ratios count.
 
-    `finetuned_images` are those of all epochs of a level. On ResNet-50 a refit took as long as 40 passes
-    over its calibration images, a training step as long as 3.5 forward passes.
+    `distilled_images` and `finetuned_images` are those of all epochs of a level. On ResNet-50 a refit took as long as
+    40 passes over its calibration images, a training step as long as 3.5 forward passes.
     """
     costs = dict.fromkeys(RECOVERIES, test_images)
     costs["batchnorm"] += calibration_images
     costs["reconstruction"] += 40 * calibration_images
+    costs["distill"] = costs["reconstruction"] + 4.5 * distilled_images  # the dense network runs once for each step
     costs["finetune"] += 3.5 * finetuned_images
     return costs
 

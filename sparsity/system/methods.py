@@ -8,7 +8,7 @@ from typing import NamedTuple
 # Name -> what it reads of the training split: nothing, images, or labels as well.
 CRITERIA = {"l1": "", "random": "", "activation": "images", "gradient": "labels", "obs": "images"}
 FILTER_CRITERIA = {"filter_l1": ""}  # these score whole filters
-RECOVERIES = {"none": "", "batchnorm": "images", "reconstruction": "images", "finetune": "labels"}
+RECOVERIES = {"none": "", "batchnorm": "images", "reconstruction": "images", "distill": "images", "finetune": "labels"}
 ALLOCATIONS = ("uniform", "global", "lamp", "erk")
 FILTER_ALLOCATIONS = ("uniform", "global")  # the others are made for single weights
 ONE_LAYER = "only "  # begins the allocation of a curve in which one layer alone is pruned
@@ -35,3 +35,8 @@ class Curve(NamedTuple):
     def trains(self) -> bool:
         """Whether its recovery trains on the labelled training split."""
         return RECOVERIES[self.recover] == "labels"
+
+    @property
+    def distills(self) -> bool:
+        """Whether its recovery trains on training images without their labels."""
+        return self.recover == "distill"

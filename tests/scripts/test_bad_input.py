@@ -81,7 +81,7 @@ SWEEP = {
     "--checkpoint good.pth --images_dir file": "--images_dir file cannot be written to",
     "--checkpoint good.pth --exclude linear.weight": "--exclude linear.weight names no prunable weight",
     "--checkpoint good.pth --controls none.pth": "none.pth is not there",
-    "--checkpoint huge.pth": "outputs that are not finite",
+    "--checkpoint huge.pth": "gives NaN or Inf for an image of 8 pixels",
     "--checkpoint good.pth --controls larger.pth": "larger.pth was trained on other images",
     "--checkpoint good.pth --export 60 --checkpoint_dir file": "--checkpoint_dir file cannot be written to",
 }

@@ -6,11 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import train
 from helpers import files_of, rows_of, sweep, without_seconds
 from PIL import Image
 
 import pruning
+from sparsity.data.calibration import AUGMENTATIONS
 from sparsity.prune.criteria import CRITERIA, add_criterion
 from sparsity.results.store import read_sweep
 from sparsity.sweep import networks as swept_networks
@@ -102,6 +104,35 @@ def test_other_calibration_images_are_not_mixed_in(swept_at_two, tiny_checkpoint
     assert "rows of other calibration images" in capsys.readouterr().err
 
 
+def test_calibration_images_are_augmented_as_the_network_was_trained(tiny_checkpoint, tmp_path, capsys):
+    def swept(checkpoint, levels="0"):
+        flags = ["--checkpoint", checkpoint, "--levels", levels, "--recover", "batchnorm"]
+        status = sweep(tmp_path / checkpoint.stem, *flags)
+        files = files_of(tmp_path / checkpoint.stem)
+        return status, json.loads(files.json.read_text()), files.json, capsys.readouterr()
+
+    status, header, _, said = swept(tiny_checkpoint)
+    assert status == 0 and header["settings"]["calibration_augmentation"] == "flips, zeros 4"
+    assert "does not tell" not in said.out
+    saved = torch.load(tiny_checkpoint, weights_only=True)
+    del saved["settings"]
+    torch.save(saved, tmp_path / "silent.pth")
+    status, header, path, said = swept(tmp_path / "silent.pth")
+    chosen = header["settings"]["calibration_augmentation"]
+    names = [str(augmentation) for augmentation in AUGMENTATIONS]
+    assert status == 0 and chosen in names
+    assert (
+        f"does not tell the augmentation of its training; nearest to its BatchNorm statistics: {chosen}\n" in said.out
+    )
+    status, again, path, said = swept(tmp_path / "silent.pth", "0,50")
+    assert status == 0 and again["settings"] == header["settings"]
+    assert "nearest" not in said.out  # chosen once
+    names.remove(chosen)
+    path.write_text(json.dumps(again | {"settings": again["settings"] | {"calibration_augmentation": names[0]}}))
+    status, _, _, said = swept(tmp_path / "silent.pth", "0,50,90")
+    assert status == 1 and "rows of other calibration images" in said.err
+
+
 def test_calibration_does_not_touch_the_test_images(tiny_checkpoint, image_folder, tmp_path):
     """The same training images with other test images give the same calibration."""
     other = tmp_path / "colours"
@@ -141,7 +172,7 @@ def test_sensitivity_prunes_one_layer_at_a_time(tiny_checkpoint, tmp_path, capsy
 ITERATIVE = ["--schedule", "iterative", "--levels", "50,80,95", "--criterion", "random", "--allocation", "global"]
 
 
-@pytest.mark.parametrize("recover", ["reconstruction", "finetune"])
+@pytest.mark.parametrize("recover", ["reconstruction", "distill", "finetune"])
 def test_iterative_masks_are_nested_and_a_killed_curve_ends_the_same(tiny_checkpoint, tmp_path, recover, monkeypatch):
     flags = ["--checkpoint", tiny_checkpoint, *ITERATIVE, "--recover", recover]
     networks, killed_at, save = [], [], swept_networks.save_step

@@ -60,7 +60,7 @@ def test_the_weights_in_the_file_are_those_that_were_evaluated(tiny_checkpoint, 
         assert all(row[name] == table(out)[0][name] for name in ("accuracy", "loss", "sparsity"))
 
 
-@pytest.mark.parametrize(("form", "ending"), [("packed", ".npz"), ("dense", ".pth")])
+@pytest.mark.parametrize(("form", "ending"), [("packed", ".npz"), ("dense", ".pth"), ("safetensors", ".safetensors")])
 def test_bf16_files_hold_rounded_values_and_tell_their_accuracy(tiny_checkpoint, tmp_path, form, ending):
     flags = ["--checkpoint", tiny_checkpoint, "--export", "40", "--export_format", form]
     assert export(tmp_path / "a", *flags) == 0
@@ -72,6 +72,25 @@ def test_bf16_files_hold_rounded_values_and_tell_their_accuracy(tiny_checkpoint,
     sizes = [int(table(tmp_path / part)[0]["file_bytes"]) for part in "ab"]
     assert sizes[1] < 0.75 * sizes[0]
     assert "predictions differ" in table(tmp_path / "b")[0]["notes"]
+
+
+@pytest.mark.parametrize(("form", "ending"), [("packed", ".npz"), ("safetensors", ".safetensors")])
+def test_a_file_made_of_one_that_tells_nothing_is_swept_again_alone(
+    tiny_checkpoint, image_folder, tmp_path, capsys, form, ending
+):
+    bare = tmp_path / "bare.pth"
+    torch.save({f"module.{name}": tensor for name, tensor in checkpoint.load(tiny_checkpoint).net.items()}, bare)
+    images = ["--dataset", "folder", "--data_dir", image_folder, "--image_size", "12"]
+    flags = ["--mean", "half", "--std", "0.25", "0.5", "0.25", "--criterion", "filter_l1", "--export", "40"]
+    assert export(tmp_path / "a", "--checkpoint", bare, *images, *flags, "--export_format", form) == 0
+    said = "images of 12 pixels, mean 0.5 0.5 0.5, std 0.25 0.5 0.25, the constants of"
+    assert capsys.readouterr().out.count(f"{bare}: {said} --mean and --std\n") == 1
+    path = exported(tmp_path / "a", f"filter_l1_uniform_none_40{ending}")
+    assert sweep(tmp_path / "b", "--checkpoint", path, "--levels", "0") == 0
+    assert f"{path}: {said} its training\n" in capsys.readouterr().out
+    first, again = (json.loads(files_of(tmp_path / part).json.read_text())["data"] for part in "ab")
+    assert first == again and (first["image_size"], first["std"]) == (12, [0.25, 0.5, 0.25])
+    assert all(table(tmp_path / "a")[0][name] == table(tmp_path / "b")[0][name] for name in ("accuracy", "loss"))
 
 
 def test_filters_are_removed_from_the_file(tiny_checkpoint, tmp_path):

@@ -14,6 +14,9 @@ REFUSED = {
     "--calibration_images 1": "from 2",
     "--finetune_epochs 0 --recover finetune": "from 1",
     "--finetune_learning_rate 0 --recover finetune": "above 0",
+    "--distill_images 1 --recover distill": "neither a whole number from 2 nor all",
+    "--distill_learning_rate 0 --recover distill": "above 0",
+    "--distill_epochs 3 --recover finetune": "no effect without --recover distill",
     "--finetune_epochs 3": "no effect without --recover finetune",
     "--finetune_learning_rate 0.1 --compare": "no effect without --recover finetune",
     "--calibration_images 64": "no effect without a criterion or --recover that looks at images",
@@ -38,6 +41,12 @@ REFUSED = {
     "--checkpoint a.pth b.pth --export 60": "name one --checkpoint",
     "--schedule iterative --export 60": "give them with --export",
     "--sensitivity --controls a.pth": "leave out --controls",
+    "--mean 0.5 0.5 --std half": "argument --mean: takes three numbers, or imagenet or half, not 0.5 0.5",
+    "--mean imagenet --std imagenet half 1": "argument --std: 'imagenet' is not a number above 0 to 1",
+    "--mean 123.7 116.3 103.5 --std half": "'123.7' is not a number from 0 to 1, as images are in 0..1",
+    "--mean half --std 0.5 0 0.5": "'0' is not a number above 0 to 1",
+    "--mean half": "--mean and --std belong together",
+    "--image_size 2": "from 4",
 }
 
 
@@ -54,6 +63,14 @@ def test_defaults_are_the_study():
     assert (args.criterion, args.allocation, args.recover) == (["l1"], ["uniform"], ["none"])
     assert args.levels == list(range(0, 101, 5))
     assert args.engine == "dense"
+    assert (args.mean, args.std, args.image_size) == (None, None, None)
+
+
+def test_constants_of_the_images_are_numbers_or_names():
+    args = parse_args(["--mean", "0.1", "0", "1", "--std", "half"])
+    assert (args.mean, args.std) == ([0.1, 0.0, 1.0], [0.5, 0.5, 0.5])
+    args = parse_args(["--mean", "imagenet", "--std", "imagenet"])
+    assert (args.mean, args.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def test_sensitivity_and_export_have_levels_of_their_own():

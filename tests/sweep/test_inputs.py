@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from sparsity.data.images import CIFAR10_STATISTICS
 from sparsity.data.sources import Source
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.sweep.header import output_name
-from sparsity.sweep.inputs import distinct_names, find_source, finetuning_rates, training_recipe
+from sparsity.sweep.inputs import (
+    distinct_names,
+    find_normalisation,
+    find_source,
+    finetuning_rates,
+    training_recipe,
+)
 from sparsity.system.errors import UserError
 
 SAVED = Checkpoint(Path("net.pth"), "0" * 64, {}, epoch=2, model={"arch": "resnet18", "num_classes": 10})
@@ -33,6 +40,8 @@ def test_rewinding_uses_the_rates_of_the_training():
 
     saved = replace(SAVED, settings={"learning_rate": 0.01, "T_max": 2})
     assert rates(saved, "rewind", 2) == pytest.approx((0.01, 0.005))
+    linear = {"learning_rate": 0.12, "T_max": 4, "schedule_shape": "linear", "warmup_share": 0.25, "warmup_epochs": 0}
+    assert rates(replace(SAVED, epoch=4, settings=linear), "rewind", 3) == pytest.approx((0.1, 0.06, 0.02))
     assert rates(SAVED, 0.3, 2) == (0.3, 0.3)
     with pytest.raises(UserError, match="does not tell the learning rates"):
         rates(SAVED, "rewind", 2)
@@ -41,8 +50,9 @@ def test_rewinding_uses_the_rates_of_the_training():
 
 
 def test_a_checkpoint_is_finetuned_as_it_was_trained():
-    assert training_recipe(SAVED) == {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4}
-    told = {"batch_size": 9, "momentum": 0.5, "weight_decay": 0.0}
+    study = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "shift": 4, "border": "zeros"}
+    assert training_recipe(SAVED) == study
+    told = {"batch_size": 9, "momentum": 0.5, "weight_decay": 0.0, "shift": 3, "border": "reflect"}
     assert training_recipe(replace(SAVED, settings=told | {"other": 1})) == told
 
 
@@ -51,9 +61,25 @@ def test_images_are_those_that_the_flags_or_else_the_checkpoint_name(capsys):
     assert find_source(replace(SAVED, data=data), None, None) == Source("folder", Path("there"), 8)
     assert find_source(replace(SAVED, data=data), "cifar10", Path("x")) == Source("cifar10", Path("x"), 8)
     assert find_source(SAVED, None, None) == Source("cifar10", Path("datasets"), 32)
-    assert "has no metadata" in capsys.readouterr().out
+    assert find_source(SAVED, None, None, 64).image_size == 64 and capsys.readouterr().out == ""
+    assert find_source(replace(SAVED, data=data), None, None, 16).image_size == 16
+    assert "8 pixels; --image_size 16 is used instead" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not tell its dataset"):
         find_source(replace(SAVED, model={"num_classes": 3}), None, None)
+
+
+def test_images_are_normalised_as_the_flags_or_else_the_checkpoint_tell_and_this_is_said(capsys):
+    source, half, other = Source("cifar10", Path("datasets"), 32), [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+    told = replace(SAVED, data={"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)})
+    for saved, flags, found, said in (
+        (SAVED, (None, None), tuple(map(list, CIFAR10_STATISTICS)), "the constants of CIFAR, as it has no metadata\n"),
+        (SAVED, (half, half), (half, half), "mean 0.5 0.5 0.5, std 0.5 0.5 0.5, the constants of --mean and --std\n"),
+        (told, (None, None), (half, other), "std 0.25 0.25 0.25, the constants of its training\n"),
+        (told, (half, other), (half, other), "of --mean and --std\n"),
+        (told, (half, half), (half, half), "not those of its training (mean 0.5 0.5 0.5, std 0.25 0.25 0.25)\n"),
+    ):
+        assert find_normalisation(saved, source, *flags) == found
+        assert capsys.readouterr().out.endswith(said)
 
 
 def test_synthetic_stays_in_the_name():

@@ -67,5 +67,5 @@ def test_the_longest_work_is_dealt_first_and_evenly(monkeypatch):
 
 
 def test_costs_grow_with_the_work_of_a_recovery():
-    costs = level_costs(1000, 100, 500)
-    assert costs["none"] == 1000 < costs["batchnorm"] < costs["finetune"] < costs["reconstruction"]
+    costs = level_costs(1000, 100, 500, 500)
+    assert costs["none"] == 1000 < costs["batchnorm"] < costs["finetune"] < costs["reconstruction"] < costs["distill"]
