@@ -22,8 +22,10 @@ RECONSTRUCTED_LEVELS = [60.0, 80.0, 90.0, 95.0]
 def choose_panel(args: argparse.Namespace, layers: list[str], inner: list[str]) -> Panel:
     """The curves that the flags ask for, with their levels; `inner` are the layers whose filters may be removed.
 
-    Raises UserError when filters are to be removed of a network that has no such layer.
+    Raises UserError where there are no layers, or no filters of a curve that removes them.
     """
+    if not layers:
+        raise UserError("the network has no layer that can be pruned: its output layer stays dense")
     if args.compare:  # magnitude in three allocations and the random control, and their recoveries
         pairs = [("l1", "uniform"), ("l1", "global"), ("l1", "lamp"), ("random", "uniform")]
         panel = {Curve(*pair, recovery): args.levels for pair in pairs for recovery in ("none", "batchnorm")}
