@@ -79,7 +79,9 @@ def _require(logits: Any, arch: str, count: int, image_size: int, num_classes: i
             f"{arch} returns a {type(logits).__name__}; it has to return logits, a tensor [images, classes]"
         )
     if logits.dim() != 2 or len(logits) != count:
-        raise UserError(f"{arch} returns a tensor {list(logits.shape)} for {count} images; logits are [images, classes]")
+        raise UserError(
+            f"{arch} returns a tensor {list(logits.shape)} for a batch of {count}; logits are [images, classes]"
+        )
     if logits.shape[1] != num_classes:
         raise UserError(f"{arch} tells {logits.shape[1]} classes apart, not the {num_classes} that are asked of it")
     if not logits.isfinite().all():
