@@ -29,6 +29,7 @@ from sparsity.results.files import SweepFiles
 from sparsity.results.store import Sweep, join_parts, open_sweep, read_sweep
 from sparsity.sweep import inputs, work
 from sparsity.sweep.controls import measure_controls, require_comparable
+from sparsity.sweep.describe import describe
 from sparsity.sweep.export import Exporter, ExportFiles
 from sparsity.sweep.header import describe_sweep, output_name
 from sparsity.sweep.level import Evaluator, Extra, PrunedNetwork
@@ -198,7 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     program, args.words = ("pruning.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
     args.command = command_line(program, args.words)
-    return run_main(lambda: sweep_levels(args), lambda: command_line(program, args.words))
+    task = describe if args.describe else sweep_levels
+    return run_main(lambda: task(args), lambda: command_line(program, args.words))
 
 
 if __name__ == "__main__":

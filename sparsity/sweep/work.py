@@ -6,7 +6,9 @@ import time
 from datetime import timedelta
 
 import torch
+from torch import nn
 
+from sparsity.data.images import Split
 from sparsity.networks.evaluation import evaluate
 from sparsity.results.store import Sweep
 from sparsity.sweep.level import Evaluator
@@ -88,6 +90,15 @@ def level_costs(
     return costs
 
 
+def images_per_second(network: nn.Module, test: Split, batch_size: int) -> float:
+    """The speed of evaluating `network`, on the first few batches, after a warm-up."""
+    few = test.take(torch.arange(min(len(test), 4 * batch_size)))
+    evaluate(network, few, batch_size)
+    started = time.perf_counter()
+    evaluate(network, few, batch_size)
+    return len(few) / (time.perf_counter() - started)
+
+
 def announce(evaluator: Evaluator, missing: dict[str, Panel]) -> None:
     """Say how many rows are kept, and how long evaluating the missing networks takes; set the length of the bar.
 
@@ -101,11 +112,7 @@ def announce(evaluator: Evaluator, missing: dict[str, Panel]) -> None:
         networks += sum(not sweep.has(name, curve, level) for curve, levels in panel.items() for level in levels)
     evaluator.bar.reset(networks * len(test) // processes.size())
     if networks:
-        few = test.take(torch.arange(min(len(test), 4 * batch_size)))
-        evaluate(evaluator.network, few, batch_size)  # warm-up
-        started = time.perf_counter()
-        evaluate(evaluator.network, few, batch_size)
-        rate = len(few) / (time.perf_counter() - started)
+        rate = images_per_second(evaluator.network, test, batch_size)
         seconds = timedelta(seconds=round(networks * len(test) / rate / processes.size()))
         shared = f" in {processes.size()} processes" if processes.size() > 1 else ""
         recovered = any(curve.recover != "none" for panel in missing.values() for curve in panel)

@@ -1,0 +1,230 @@
+"""`--describe`: a network layer by layer, and what can be done with it; nothing is pruned and no file written."""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from sparsity.data.images import Split, normalise
+from sparsity.networks.evaluation import default_batch_size
+from sparsity.networks.inference import inference_copy
+from sparsity.networks.layers import BatchNorm, Layer, exclude, positions_per_image, prunable_layers
+from sparsity.prune.filters import inner_convs
+from sparsity.prune.moments import can_unfold
+from sparsity.sweep import work
+from sparsity.sweep.flags import CALIBRATION_IMAGES
+from sparsity.sweep.inputs import Inputs, load_inputs
+from sparsity.system import processes
+from sparsity.system.errors import one_line
+from sparsity.system.machine import DTYPES, set_up_machine
+
+COMPARED = 32  # images that the folded network is compared on
+SHOWN = 6  # layers of a line that names some
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A weight of two or more dimensions: `macs` are its multiply-adds for an image.
+
+    `dense` says why it is not pruned, and is '' where it is prunable.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    macs: int
+    dense: str
+
+
+@dataclass(frozen=True)
+class Folding:
+    """The BatchNorm layers that are folded, of `all`, and how far the outputs then are from those of the network."""
+
+    folded: int
+    all: int
+    difference: float
+    largest: float
+    same_class: int
+    images: int
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Print the table of the layers of the first checkpoint, and what can be done with them."""
+    processes.join()
+    device = set_up_machine(args)
+    args.batch_size = args.batch_size or default_batch_size(device)
+    given = load_inputs(args)
+    table = layer_table(given.dense, given.example, args.exclude)
+    print(f"\n{table_text(table)}\n")
+    for line in ability_lines(given.dense.to(device), table, given.test.to(device)):
+        print(line)
+    print(time_line(args, given, [entry.name for entry in table if not entry.dense]))
+    processes.leave()
+
+
+def layer_table(model: nn.Module, example: Tensor, patterns: list[str]) -> list[Entry]:
+    """The weights of two or more dimensions, in the order of `named_modules`; `patterns` are those of --exclude."""
+    positions, reasons = positions_per_image(model, example), unprunable(model, example)
+    kept, table = exclude(prunable_layers(model, example), patterns), []
+    for module_name, module in model.named_modules():
+        for name, weight in _matrices(module):
+            layer = module_name if name == "weight" else f"{module_name}.{name}".lstrip(".")
+            dense = "" if layer in kept else reasons.get(module_name, "excluded")
+            if not isinstance(module, Layer):
+                attention = isinstance(module, nn.MultiheadAttention)
+                dense = "inside MultiheadAttention" if attention else "neither convolution nor linear layer"
+            macs = positions.get(module_name, 0) * weight.numel() if "weight" in name else 0
+            table.append(Entry(layer, _kind(module), tuple(weight.shape), weight.numel(), macs, dense))
+    return table
+
+
+def unprunable(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """Name -> why it is not pruned, of every convolution and linear layer that `prunable_layers` leaves out."""
+    prunable, positions = prunable_layers(model, example), positions_per_image(model, example)
+    left = [name for name, each in model.named_modules() if isinstance(each, Layer) and name not in prunable]
+    return {name: "output layer" if name in positions else "does not run" for name in left}
+
+
+def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each weight of two or more dimensions of a module itself; of a parametrized one as computed."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return
+    own = dict(module.named_parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        own |= {name: getattr(module, name) for name in module.parametrizations}
+    yield from ((name, value) for name, value in own.items() if value.dim() > 1)
+
+
+def _kind(module: nn.Module) -> str:
+    """The class of a module; of convolutions the groups as well."""
+    groups, kind = getattr(module, "groups", 1), type(module).__name__
+    if parametrize.is_parametrized(module):
+        kind = kind.removeprefix("Parametrized")
+    if not isinstance(groups, int) or groups == 1:
+        return kind
+    return f"{kind}, depthwise" if groups == getattr(module, "in_channels", 0) else f"{kind}, {groups} groups"
+
+
+def table_text(table: list[Entry]) -> str:
+    """The table as text, its numbers flush right."""
+    lines = [("layer", "kind", "shape", "weights", "multiply-adds", "prunable")]
+    for entry in table:
+        figures = f"{entry.weights:,}", f"{entry.macs:,}" if entry.macs else "-"
+        shape, prunable = "x".join(map(str, entry.shape)), f"no: {entry.dense}" if entry.dense else "yes"
+        lines.append((entry.name, entry.kind, shape, *figures, prunable))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:{'>' if 2 < index < 5 else '<'}{width}}" for index, (cell, width) in enumerate(cells)
+        ).rstrip()
+        for cells in (zip(line, widths, strict=True) for line in lines)
+    )
+
+
+def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator[str]:
+    """Sentences: prunable weights, tracing, folding, refits, filters."""
+    prunable = [entry for entry in table if not entry.dense]
+    parameters, weights = sum(each.numel() for each in model.parameters()), sum(entry.weights for entry in prunable)
+    yield f"prunable: {weights:,} of {parameters:,} parameters, in {len(prunable)} of {len(table)} layers"
+    if rest := _dense_rest(model, table):
+        yield f"dense besides: {rest}"
+    problem = tracing_problem(model)
+    yield f"traced by torch.fx: {'yes' if problem is None else f'no ({problem})'}"
+    yield "folded: nothing, as it cannot be traced" if problem else _folding_line(folding(model, test))
+    names = [entry.name for entry in prunable]
+    left = refit_problems(model, names)
+    why = ", ".join(f"{name} ({reason})" for name, reason in [*left.items()][:SHOWN]) + ", ..." * (len(left) > SHOWN)
+    yield f"refitted by reconstruction: {len(names) - len(left)} of {len(names)} prunable layers" + (
+        f"; not {why}" if left else ""
+    )
+    filters = {} if problem else {name: model.get_submodule(name).out_channels for name in inner_convs(model)}
+    yield f"filters that can be removed: {sum(filters.values()):,}, in {len(filters)} convolutions"
+
+
+def _dense_rest(model: nn.Module, table: list[Entry]) -> str:
+    """The parameters beside the weights of `table`, as kinds with their counts."""
+    counts: Counter[str] = Counter()
+    for module in model.modules():
+        if not isinstance(module, parametrize.ParametrizationList):
+            own = module.named_parameters(recurse=False)
+            for name, value in own:
+                if value.dim() < 2:
+                    counts[f"{_kind(module)}.{name}" if isinstance(module, Layer) else _kind(module)] += value.numel()
+    return ", ".join(f"{count:,} of {kind}" for kind, count in counts.items())
+
+
+def tracing_problem(model: nn.Module) -> str | None:
+    """Why `torch.fx` cannot trace a network, in words; None where it can."""
+    try:
+        fx.symbolic_trace(model)
+    except Exception as error:  # tracing runs the forward pass of others on proxies: anything may be raised
+        return f"{type(error).__name__}: {one_line(error)[:120]}"
+    return None
+
+
+@torch.inference_mode()
+def folding(model: nn.Module, test: Split) -> Folding:
+    """Fold a network that can be traced, in float32, and compare its outputs on the first test images."""
+    copy = inference_copy(model)
+    images = normalise(test.images[:COMPARED], test.mean, test.std, torch.float32)
+    expected, found = model(images), copy(images)
+    every = sum(isinstance(module, BatchNorm) for module in model.modules())
+    return Folding(
+        folded=sum(name is not None for name in copy.folded.values()),
+        all=every,
+        difference=float((expected - found).abs().max()),
+        largest=float(expected.abs().max()),
+        same_class=int((expected.argmax(1) == found.argmax(1)).sum()),
+        images=len(images),
+    )
+
+
+def _folding_line(found: Folding) -> str:
+    same = "all" if found.same_class == found.images else f"{found.same_class}"
+    return (
+        f"folded: {found.folded} of {found.all} BatchNorm; on {found.images} test images logits of up to "
+        f"{found.largest:.3g} differ by at most {found.difference:.2g}, {same} predictions are the same"
+    )
+
+
+def refit_problems(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Name -> why the recovery `reconstruction` does not refit this layer; only layers that it does not."""
+    if tracing_problem(model):
+        return dict.fromkeys(names, "the network cannot be traced")
+    times = Counter(node.target for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module")
+    problems = {}
+    for name in names:
+        if times[name] != 1:
+            problems[name] = f"runs {times[name]} times"
+        elif not can_unfold(layer := model.get_submodule(name)):
+            problems[name] = "grouped" if layer.groups > 1 else f"padding {layer.padding_mode} {layer.padding}"
+    return problems
+
+
+def time_line(args: argparse.Namespace, given: Inputs, layers: list[str]) -> str:
+    """About how long the sweep of these flags takes, and what the estimate assumes."""
+    model, test, device = given.dense, given.test.to(torch.device(args.device)), torch.device(args.device)
+    problem = tracing_problem(model)
+    panel = work.choose_panel(args, layers, [] if problem else [name for name in inner_convs(model) if name in layers])
+    network = model.to(device).eval() if problem else inference_copy(model.to(device), DTYPES[args.precision])
+    rate = work.images_per_second(network, test, args.batch_size)
+    calibrated = args.calibration_images or CALIBRATION_IMAGES
+    costs = {name: cost / rate for name, cost in work.level_costs(len(test), calibrated, 0, 0).items()}
+    levels = {curve: len(args.levels if found is None else found) for curve, found in panel.items()}
+    seconds = costs["none"] + sum(costs[curve.recover] * count for curve, count in levels.items())
+    assumed = [
+        f"{rate:,.0f} images/s in a few batches of {args.batch_size}, --threads {args.threads}, nothing beside it"
+    ]
+    if recoveries := {curve.recover for curve in panel} - {"none"}:
+        assumed.append(f"{calibrated:,} calibration images and, for refits, the ratios of a ResNet-50")
+        assumed += ["no time for training" for name in recoveries & {"distill", "finetune"}][:1]
+    networks = f"{1 + sum(levels.values())} networks x {len(test):,} images"
+    return (
+        f"a sweep of these flags: about {timedelta(seconds=round(seconds))}, {networks}; assumed: {'; '.join(assumed)}"
+    )
