@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sparsity.networks.user_file import folder_of, is_file, place
 from sparsity.system import processes
@@ -17,18 +18,26 @@ def give_logits(model: nn.Module, arch: str) -> nn.Module:
     """Make `model` return the logits alone, see `logits_of`, in place; the names of its modules stay.
 
     Its class becomes a subclass, so that calls, copies and `torch.fx` all see the same forward pass. Raises UserError
-    for networks of which a subclass cannot be made to do that, and for one that has been through here.
+    for networks of which a subclass cannot be made to do that, that have layers without a size, or that have been here.
     """
     if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model):
         raise UserError(f"--arch {arch}: its forward pass is scripted or set on the instance; return the plain module")
     if hasattr(model, "_whole_forward"):  # its weights would be those of the checkpoint that was read last
         raise UserError(f"--arch {arch}: it gives the same network at every call; build a new one in the function")
-    whole = type(model).forward
+    if any(map(is_lazy, model.parameters())):
+        way = "run it once in the function, on torch.zeros(1, 3, size, size)"
+        raise UserError(f"--arch {arch}: it has layers without a size, such as LazyLinear; {way}")
+    kind = type(model)
 
     def forward(self: nn.Module, images: Tensor) -> Tensor:
-        return logits_of(whole(self, images))
+        return logits_of(kind.forward(self, images))
 
-    model.__class__ = type(type(model).__name__, (type(model),), {"forward": forward, "_whole_forward": whole})
+    def read(self: nn.Module, state: dict, prefix: str, metadata: dict, *rest: Any) -> None:
+        # A plain dictionary does not tell the version that some networks (MNASNet) ask for: it is that of now.
+        kind._load_from_state_dict(self, state, prefix, {"version": self._version} | metadata, *rest)
+
+    own = {"forward": forward, "_load_from_state_dict": read, "_whole_forward": kind.forward}
+    model.__class__ = type(kind.__name__, (kind,), own)
     return model
 
 

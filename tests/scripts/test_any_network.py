@@ -23,7 +23,7 @@ import blocks
 Path(__file__).with_name("ran").write_text("")
 
 def small(num_classes, width=4):
-    layers = blocks.block(3, width) + blocks.block(width, width) + [nn.Flatten(), nn.LazyLinear(num_classes)]
+    layers = blocks.block(3, width) + blocks.block(width, width) + [nn.Flatten(), nn.Linear(4 * width, num_classes)]
     return nn.Sequential(*layers)
 """
 BLOCKS = """

@@ -61,6 +61,9 @@ def no_gradient(num_classes):
 def linear(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
 
+def lazy(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
 kept = make(3)
 
 def same():
@@ -128,6 +131,7 @@ RUN = {
     "--arch nets.py:nan": "its conv.weight holds NaN or Inf",
     "--arch nets.py:maps": "returns a tensor [1, 3, 1]",
     "--arch nets.py:text": "returns a str; it has to return logits",
+    "--arch nets.py:lazy": "it has layers without a size, such as LazyLinear; run it once in the function",
     "--arch nets.py:no_gradient": "cannot be trained: in training mode it returns no tensor with gradients",
     "--arch nets.py:good --arch_args depth=3": "unexpected keyword argument 'depth'",
     "--arch nets.py:good --arch_args width=wide": "nets.py, line 12: TypeError",
