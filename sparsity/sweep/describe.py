@@ -24,7 +24,7 @@ from sparsity.system.errors import one_line
 from sparsity.system.machine import DTYPES, set_up_machine
 
 COMPARED = 32  # images that the folded network is compared on
-SHOWN = 6  # layers of a line that names some
+SHOWN = 2  # layers of a line that names some
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,16 @@ def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator
     yield "folded: nothing, as it cannot be traced" if problem else _folding_line(folding(model, test))
     names = [entry.name for entry in prunable]
     left = refit_problems(model, names)
-    why = ", ".join(f"{name} ({reason})" for name, reason in [*left.items()][:SHOWN]) + ", ..." * (len(left) > SHOWN)
-    yield f"refitted by reconstruction: {len(names) - len(left)} of {len(names)} prunable layers" + (
-        f"; not {why}" if left else ""
-    )
+    refitted = f"refitted by reconstruction: {len(names) - len(left)} of {len(names)} prunable layers"
+    yield "; ".join([refitted, *(f"not {_few(left, reason)}: {reason}" for reason in dict.fromkeys(left.values()))])
     filters = {} if problem else {name: model.get_submodule(name).out_channels for name in inner_convs(model)}
     yield f"filters that can be removed: {sum(filters.values()):,}, in {len(filters)} convolutions"
+
+
+def _few(reasons: dict[str, str], reason: str) -> str:
+    """The first names with a reason, and how many more there are."""
+    names = [name for name, each in reasons.items() if each == reason]
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _dense_rest(model: nn.Module, table: list[Entry]) -> str:
@@ -201,7 +205,7 @@ def refit_problems(model: nn.Module, names: list[str]) -> dict[str, str]:
     problems = {}
     for name in names:
         if times[name] != 1:
-            problems[name] = f"runs {times[name]} times"
+            problems[name] = f"runs {times[name]} times" if times[name] else "not called as a layer"
         elif not can_unfold(layer := model.get_submodule(name)):
             problems[name] = "grouped" if layer.groups > 1 else f"padding {layer.padding_mode} {layer.padding}"
     return problems
