@@ -80,7 +80,8 @@ def layer_table(model: nn.Module, example: Tensor, patterns: list[str]) -> list[
                 attention = isinstance(module, nn.MultiheadAttention)
                 dense = "inside MultiheadAttention" if attention else "neither convolution nor linear layer"
             macs = positions.get(module_name, 0) * weight.numel() if "weight" in name else 0
-            table.append(Entry(layer, _kind(module), tuple(weight.shape), weight.numel(), macs, dense))
+            kind = _kind(module) if name == "weight" else f"parameter of {_kind(module)}"
+            table.append(Entry(layer, kind, tuple(weight.shape), weight.numel(), macs, dense))
     return table
 
 
@@ -138,7 +139,7 @@ def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator
     yield f"traced by torch.fx: {'yes' if problem is None else f'no ({problem})'}"
     yield "folded: nothing, as it cannot be traced" if problem else _folding_line(folding(model, test))
     names = [entry.name for entry in prunable]
-    left = refit_problems(model, names)
+    left = not_refitted(model, names, torch.zeros_like(test.images[:1], dtype=torch.float32))
     refitted = f"refitted by reconstruction: {len(names) - len(left)} of {len(names)} prunable layers"
     yield "; ".join([refitted, *(f"not {_few(left, reason)}: {reason}" for reason in dict.fromkeys(left.values()))])
     filters = {} if problem else {name: model.get_submodule(name).out_channels for name in inner_convs(model)}
@@ -197,13 +198,13 @@ def _folding_line(found: Folding) -> str:
     )
 
 
-def refit_problems(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Name -> why the recovery `reconstruction` does not refit this layer; only layers that it does not."""
+def not_refitted(model: nn.Module, layers: list[str], example: Tensor) -> dict[str, str]:
+    """Name -> reason of each of `layers` whose weights the recovery `reconstruction` leaves; `example` is an image."""
     if tracing_problem(model):
-        return dict.fromkeys(names, "the network cannot be traced")
+        return dict.fromkeys(layers, "the network cannot be traced")
     times = Counter(node.target for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module")
     problems = {}
-    for name in names:
+    for name in layers:
         if times[name] != 1:
             problems[name] = f"runs {times[name]} times" if times[name] else "not called as a layer"
         elif not can_unfold(layer := model.get_submodule(name)):
