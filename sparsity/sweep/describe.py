@@ -133,7 +133,7 @@ def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator
     prunable = [entry for entry in table if not entry.dense]
     parameters, weights = sum(each.numel() for each in model.parameters()), sum(entry.weights for entry in prunable)
     yield f"prunable: {weights:,} of {parameters:,} parameters, in {len(prunable)} of {len(table)} layers"
-    if rest := _dense_rest(model, table):
+    if rest := _dense_rest(model):
         yield f"dense besides: {rest}"
     problem = tracing_problem(model)
     yield f"traced by torch.fx: {'yes' if problem is None else f'no ({problem})'}"
@@ -152,15 +152,14 @@ def _few(reasons: dict[str, str], reason: str) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _dense_rest(model: nn.Module, table: list[Entry]) -> str:
-    """The parameters beside the weights of `table`, as kinds with their counts."""
+def _dense_rest(model: nn.Module) -> str:
+    """The parameters of one dimension, by kinds of their modules, with their counts."""
     counts: Counter[str] = Counter()
     for module in model.modules():
-        if not isinstance(module, parametrize.ParametrizationList):
-            own = module.named_parameters(recurse=False)
-            for name, value in own:
-                if value.dim() < 2:
-                    counts[f"{_kind(module)}.{name}" if isinstance(module, Layer) else _kind(module)] += value.numel()
+        bias = ".bias" if isinstance(module, Layer) else ""
+        for value in module.parameters(recurse=False):
+            if value.dim() < 2 and not isinstance(module, parametrize.ParametrizationList):
+                counts[_kind(module) + bias] += value.numel()
     return ", ".join(f"{count:,} of {kind}" for kind, count in counts.items())
 
 
@@ -221,15 +220,14 @@ def time_line(args: argparse.Namespace, given: Inputs, layers: list[str]) -> str
     rate = work.images_per_second(network, test, args.batch_size)
     calibrated = args.calibration_images or CALIBRATION_IMAGES
     costs = {name: cost / rate for name, cost in work.level_costs(len(test), calibrated, 0, 0).items()}
-    levels = {curve: len(args.levels if found is None else found) for curve, found in panel.items()}
-    seconds = costs["none"] + sum(costs[curve.recover] * count for curve, count in levels.items())
+    seconds = costs["none"] + sum(costs[curve.recover] * len(levels) for curve, levels in panel.items())
     assumed = [
         f"{rate:,.0f} images/s in a few batches of {args.batch_size}, --threads {args.threads}, nothing beside it"
     ]
     if recoveries := {curve.recover for curve in panel} - {"none"}:
         assumed.append(f"{calibrated:,} calibration images and, for refits, the ratios of a ResNet-50")
         assumed += ["no time for training" for name in recoveries & {"distill", "finetune"}][:1]
-    networks = f"{1 + sum(levels.values())} networks x {len(test):,} images"
+    networks = f"{1 + sum(map(len, panel.values()))} networks x {len(test):,} images"
     return (
         f"a sweep of these flags: about {timedelta(seconds=round(seconds))}, {networks}; assumed: {'; '.join(assumed)}"
     )
