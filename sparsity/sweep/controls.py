@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsity.networks.census import census
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import evaluate
 from sparsity.networks.families import argument_words, load_control, short_name
 from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import census, positions_per_image, prunable_layers
+from sparsity.networks.layers import positions_per_image, prunable_layers
 from sparsity.results.rows import Row, read_rows, write_rows
 from sparsity.sweep.export import Exporter
 from sparsity.sweep.inputs import distinct_names

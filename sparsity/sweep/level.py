@@ -9,10 +9,10 @@ from torch import fx, nn
 from tqdm import tqdm
 
 from sparsity.data.images import Split, normalise
+from sparsity.networks.census import census, zeros_by_layer
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import Evaluation, evaluate, evaluate_shared
 from sparsity.networks.inference import refresh
-from sparsity.networks.layers import census, zeros_by_layer
 from sparsity.networks.sparse import SparseNetwork, sparse_network
 from sparsity.results.rows import MEASURED, SPARSE_NOTE, Row, accuracy_columns, comparison_columns, curve_name, row_key
 from sparsity.results.store import Sweep
