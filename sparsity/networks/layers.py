@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as InAttention  # `out_proj`, of nothing else
 from torch.nn.utils import parametrize
 
 from sparsity.system.errors import UserError
@@ -76,7 +77,7 @@ def unprunable(model: nn.Module, example: Tensor) -> dict[str, str]:
     """
     executed = [call.name for call in calls(model, example)]
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Layer)}
-    heads = [name for name in executed if name in layers and not name.endswith(".out_proj")]
+    heads = [name for name in executed if name in layers and not isinstance(layers[name], InAttention)]
     linear = [name for name in heads if isinstance(layers[name], nn.Linear)]
     output = (linear or heads or [None])[-1]
     reasons = {}
