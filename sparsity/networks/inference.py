@@ -2,7 +2,6 @@
 
 import copy
 import operator
-from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,40 +10,27 @@ from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from sparsity.data.images import Split, normalise
-from sparsity.networks.layers import BatchNorm, Conv, Layer, effective_weight, own_forward
+from sparsity.networks.layers import BatchNorm, Conv, Layer, Way, effective_weight, own_forward, set_way, way_of
 from sparsity.system.errors import UserError, one_line
 
-
-@dataclass(frozen=True)
-class Way:
-    """How a network is copied for inference: traced by `torch.fx`, or as it is, for a `reason`; and the strides."""
-
-    traced: bool = True
-    channels_last: bool = True
-    reason: str = ""
-
-
-WAYS = (Way(), Way(channels_last=False), Way(traced=False, channels_last=False))  # the fastest first
+# The fastest first.
+WAYS = (Way(), Way(channels_last=False), Way(traced=False, channels_last=False))
 TOLERANCE = 1e-3  # of the largest logit, in float32
-
-
-def way_of(model: nn.Module) -> Way:
-    """The way that `choose_way` chose for a network; the fastest one where it was not asked."""
-    return getattr(model, "way", WAYS[0])
 
 
 @torch.no_grad()
 def choose_way(model: nn.Module, images: Tensor) -> Way:
-    """Choose the fastest way of which a copy gives the outputs of `model` on `images`, put it into `model.way`.
+    """Choose the fastest way of which a copy gives the outputs of `model` on `images`, make it the network's.
 
     `images` [B, C, H, W] are normalised, in float32. Later copies of the network, by `copy.deepcopy` too, are made the
     same way. Raises UserError where not even a copy of the network as it is gives its outputs.
     """
     expected, reason = model.eval()(images.contiguous()), ""
     for way in WAYS:
-        model.way = way if way.traced else replace(way, reason=reason)
+        set_way(model, way if way.traced else way._replace(reason=reason))
         try:
-            found = inference_copy(model)(images)
+            trial = inference_copy(model)
+            found = (trial.forward if way.traced else trial)(images)  # a graph that is called prints its errors
             apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -52,7 +38,7 @@ def choose_way(model: nn.Module, images: Tensor) -> Way:
             reason = f"{type(error).__name__}: {one_line(error)[:120]}"
             continue
         if apart <= TOLERANCE:  # not nan
-            return model.way
+            return way_of(model)
         reason = f"its outputs differ by {apart:.1e} of the largest"
     raise UserError(f"the network cannot be pruned, because even a plain copy of it fails ({reason})")
 
@@ -75,8 +61,8 @@ def inference_copy(
         result = _traced(result, fold)
         if overwrite:
             overwrite_in_place(result)
-    if not way.channels_last:
-        _make_contiguous(result)
+        if not way.channels_last:
+            _make_contiguous(result)
     result.eval().requires_grad_(False).to(dtype)
     if way.channels_last and not any(parameter.dim() == 5 for parameter in result.parameters()):
         result.to(memory_format=torch.channels_last)
@@ -97,14 +83,14 @@ def refresh(inference: nn.Module, model: nn.Module) -> None:
             bn = model.get_submodule(batch_norm_name)
             fuse = fuse_linear_bn_weights if isinstance(source, nn.Linear) else fuse_conv_bn_weights
             weight, bias = fuse(weight, bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-        target.weight.copy_(weight)
-        target.bias.copy_(torch.zeros_like(target.bias) if bias is None else bias)
+        target.weight.trial(weight)
+        target.bias.trial(torch.zeros_like(target.bias) if bias is None else bias)
     for name, target in [*inference.named_parameters(), *inference.named_buffers()]:
         place, _, part = name.rpartition(".")
         if place not in inference.folded:
             owner = model.get_submodule(place)
             masked = part == "weight" and isinstance(owner, Layer)
-            target.copy_(effective_weight(owner) if masked else getattr(owner, part))
+            target.trial(effective_weight(owner) if masked else getattr(owner, part))
 
 
 @torch.no_grad()
@@ -150,20 +136,13 @@ def _traced(plain: nn.Module, fold: bool) -> fx.GraphModule:
     return result
 
 
-def _make_contiguous(network: nn.Module) -> None:
-    """Let a network begin by making its images contiguous, as `Tensor.view` may need it, in place."""
-    if not isinstance(network, fx.GraphModule):
-        network.register_forward_pre_hook(_contiguous)
-        return
+def _make_contiguous(network: fx.GraphModule) -> None:
+    """Let a graph begin by making its images contiguous, as `Tensor.view` may need it, in place."""
     images = next(iter(network.graph.nodes))
     with network.graph.inserting_after(images):
         ordered = network.graph.call_method("contiguous", (images,))
     images.replace_all_uses_with(ordered, lambda node: node is not ordered)
     network.recompile()
-
-
-def _contiguous(network: nn.Module, images: tuple[Tensor]) -> Tensor:
-    return images[0].contiguous()
 
 
 def _following_batch_norm(node: fx.Node, layers: dict[fx.Node, nn.Module], calls: list[str]) -> fx.Node | None:

@@ -22,6 +22,30 @@ WEIGHTS = ("weight", "weight_orig")  # of a layer, and of a masked one
 SIMD_BLOCK = 16  # channels, with AVX-512; 8 with AVX2
 
 
+class Way(NamedTuple):
+    """How a network is copied for inference: traced by `torch.fx`, or as it is, for a `reason`; and the strides."""
+
+    traced: bool = True
+    channels_last: bool = True
+    reason: str = ""
+
+
+def way_of(model: nn.Module) -> Way:
+    """The way of a network, as `choose_way` of networks/inference.py chose it; else the fastest one."""
+    return getattr(model, "way", Way())
+
+
+def set_way(model: nn.Module, way: Way) -> None:
+    """Give a network a way, in place, which copies of it keep; without channels_last its images become contiguous."""
+    if not way.channels_last and way_of(model).channels_last:
+        model.register_forward_pre_hook(_make_contiguous)
+    model.way = way
+
+
+def _make_contiguous(model: nn.Module, images: tuple[Tensor]) -> Tensor:
+    return images[0].contiguous()
+
+
 class Call(NamedTuple):
     """A layer as it runs: its name, and how often each of its weights is used for one image."""
 
@@ -179,11 +203,11 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def unmasked_state(model: nn.Module) -> dict[str, Tensor]:
+def unmasked_state(model: nn.Module, device: str | None = None) -> dict[str, Tensor]:
     """The state dict of a network, masked or not, with effective weights in place of masks; tensors of its own.
 
-    They stay on their device, and have the names that the network had before it was masked. A tensor that has several
-    names is one here too.
+    They are on `device`, by default their own, and have the names that the network had before it was masked. A tensor
+    that has several names is one here too.
     """
     state, values = {}, {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -196,7 +220,7 @@ def unmasked_state(model: nn.Module) -> dict[str, Tensor]:
         else:
             plain = value
         if id(value) not in values:
-            values[id(value)] = plain.detach().clone()
+            values[id(value)] = plain.detach().to(device, copy=True)
         state[name] = values[id(value)]
     return state
 
@@ -215,7 +239,7 @@ def positions_per_image(model: nn.Module, example: Tensor) -> dict[str, int]:
 def memory_format(model: nn.Module) -> torch.memory_format:
     """The memory format for gradients: channels_last, the faster one, except for networks with narrow shortcuts.
 
-    And except for 3-d convolutions, whose weights cannot have it.
+    And except for 3-d convolutions, whose weights cannot have it, and for networks whose way is another one.
 
     In channels_last, oneDNN's gradient of a strided 1x1 convolution with fewer input channels than a SIMD block holds
     writes beyond its workspace: a crash, or wrong gradients (github.com/uxlfoundation/oneDNN/issues/6035).
@@ -224,4 +248,5 @@ def memory_format(model: nn.Module) -> torch.memory_format:
     strided = [conv for conv in convs if conv.kernel_size == (1, 1) and max(conv.stride) > 1]
     narrow = any(conv.in_channels // conv.groups < SIMD_BLOCK for conv in strided)
     deep = any(parameter.dim() == 5 for parameter in model.parameters())
-    return torch.contiguous_format if narrow or deep else torch.channels_last
+    other = narrow or deep or not way_of(model).channels_last
+    return torch.contiguous_format if other else torch.channels_last
