@@ -83,14 +83,14 @@ def refresh(inference: nn.Module, model: nn.Module) -> None:
             bn = model.get_submodule(batch_norm_name)
             fuse = fuse_linear_bn_weights if isinstance(source, nn.Linear) else fuse_conv_bn_weights
             weight, bias = fuse(weight, bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-        target.weight.trial(weight)
-        target.bias.trial(torch.zeros_like(target.bias) if bias is None else bias)
+        target.weight.copy_(weight)
+        target.bias.copy_(torch.zeros_like(target.bias) if bias is None else bias)
     for name, target in [*inference.named_parameters(), *inference.named_buffers()]:
         place, _, part = name.rpartition(".")
         if place not in inference.folded:
             owner = model.get_submodule(place)
             masked = part == "weight" and isinstance(owner, Layer)
-            target.trial(effective_weight(owner) if masked else getattr(owner, part))
+            target.copy_(effective_weight(owner) if masked else getattr(owner, part))
 
 
 @torch.no_grad()
