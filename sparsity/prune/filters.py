@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparsity.networks.layers import BatchNorm, unmasked_state
+from sparsity.networks.layers import BatchNorm, effective_weight, unmasked_state, way_of
 from sparsity.prune.masks import apply_masks
 
 RELUS = (F.relu, torch.relu, torch.relu_, "relu")
@@ -46,7 +46,9 @@ class Thin:
 
 
 def branches(model: nn.Module) -> list[Branch]:
-    """The branches of a network with inner convolutions, in the order of execution; `model` is traced by torch.fx."""
+    """The branches of a network with inner convolutions, in the order of execution; none where it is not traced."""
+    if not way_of(model).traced:
+        return []
     calls = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
     times = Counter(node.target for node in calls)
     modules = {node: model.get_submodule(node.target) for node in calls}
@@ -115,7 +117,7 @@ def thin(model: nn.Module) -> Thin:
     rounding of float32. A branch that ends in a zero BatchNorm is removed whole; elsewhere each convolution keeps one
     channel or more. The state is on the CPU.
     """
-    state = {name: value.cpu() for name, value in unmasked_state(model).items()}
+    state = unmasked_state(model, "cpu")
     found = branches(model)
     before = {name: len(state[f"{name}.weight"]) for branch in found for name in branch.convs[:-1]}
     for branch in found:
@@ -128,6 +130,11 @@ def thin(model: nn.Module) -> Thin:
     widths = {name: len(state.get(f"{name}.weight", ())) for name in before}
     dead = sum(int(_silent(state[f"{name}.weight"]).sum()) for name, count in widths.items() if count)
     return Thin(state, widths, sum(before.values()) - sum(widths.values()), dead)
+
+
+def dead_filters(model: nn.Module) -> int:
+    """The number of filters of inner convolutions of `model`, masked or not, that are zero."""
+    return sum(int(_silent(effective_weight(model.get_submodule(name))).sum()) for name in inner_convs(model))
 
 
 def _shrink(state: dict[str, Tensor], branch: Branch, model: nn.Module) -> bool:

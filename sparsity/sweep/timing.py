@@ -35,7 +35,7 @@ Figures = dict[str, float | None]  # the columns of TIMED, and base_memory_mb
 
 
 def time_inference(
-    inference: fx.GraphModule, reference: fx.GraphModule | None, image_size: int, engine: str, compiling: bool
+    inference: nn.Module, reference: nn.Module | None, image_size: int, engine: str, compiling: bool
 ) -> Figures:
     """Time an inference copy in a fresh process, on noise [B, 3, S, S], in turns with a `reference` of its precision.
 
@@ -204,7 +204,7 @@ class Timer:
         speed = time_inference(inference, self.dense, self.image_size, engine, self.compiling)
         return {column: speed[column] for column in TIMED}
 
-    def copy(self, model: nn.Module) -> fx.GraphModule:
+    def copy(self, model: nn.Module) -> nn.Module:
         """An inference copy of `model` in the precision and on the device of the sweep; `model` is moved there."""
         weight = next(self.inference.parameters())
         return inference_copy(model.to(weight.device), weight.dtype)

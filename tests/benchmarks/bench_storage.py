@@ -23,7 +23,8 @@ from timing import seconds
 
 import Build_Resnet
 from sparsity.networks import checkpoint, families, packed
-from sparsity.networks.layers import prunable_layers, zeros_by_layer
+from sparsity.networks.census import zeros_by_layer
+from sparsity.networks.layers import prunable_layers
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import baked
 from sparsity.system.machine import apply_threads, describe_machine

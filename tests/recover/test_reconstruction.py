@@ -23,11 +23,12 @@ from sparsity.prune.moments import draw_positions, input_rows, weight_rows
 from sparsity.recover import RECOVERIES, Means
 from sparsity.recover.distill import Distillation
 from sparsity.recover.finetune import Finetuning
-from sparsity.recover.reconstruction import reconstruct, refit, stream_copy
+from sparsity.recover.reconstruction import reconstruct, refit
+from sparsity.recover.streams import stream_copy
 from sparsity.system import methods
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
-MODULE = "sparsity.recover.reconstruction."
+MODULE, STREAMS = "sparsity.recover.reconstruction.", "sparsity.recover.streams."
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_dead_inputs_and_rows_whose_error_did_not_fall_keep_the_masked_weights()
 def test_labels_and_activations_that_are_computed_again_change_nothing(resnet, calibration, monkeypatch):
     results = []
     for limit in (0, 30_000, 50_000, 70_000, 90_000, 150_000, 1 << 40):  # kept nowhere, at some layers, everywhere
-        monkeypatch.setattr(MODULE + "HELD_BYTES", limit)
+        monkeypatch.setattr(STREAMS + "HELD_BYTES", limit)
         model, labels = pruned(resnet, 0.7), calibration.images.labels.roll(limit % 40)
         rebuild(model, means_of(resnet, replace(calibration, images=replace(calibration.images, labels=labels))))
         results.append(weights_of(model))
@@ -173,7 +174,7 @@ def test_labels_and_activations_that_are_computed_again_change_nothing(resnet, c
 
 
 def test_normalised_images_are_held_within_the_bound_alone(small_net, small_split, monkeypatch):
-    monkeypatch.setattr(MODULE + "HELD_BYTES", 0)
+    monkeypatch.setattr(STREAMS + "HELD_BYTES", 0)
     means = means_of(small_net, Calibration(small_split.take(torch.arange(50).repeat(4))))  # 7 batches of 32
     batches, images, alive = Calibration.batches, [], []
 
@@ -229,7 +230,7 @@ def test_layers_run_as_soon_as_they_can_and_the_network_stays_the_same(resnet):
 
 
 class Odd(SmallNet):
-    """A layer that runs twice, and one that cannot be unfolded."""
+    """A layer that runs twice, and a grouped one."""
 
     def __init__(self):
         super().__init__()
@@ -242,20 +243,21 @@ class Odd(SmallNet):
         return self.result(self.hidden(F.pad(x, (0, -2))))
 
 
-def test_layers_that_run_twice_or_cannot_be_unfolded_are_left_and_told(calibration):
+def test_layers_that_run_twice_are_left_and_told(calibration):
     torch.manual_seed(0)
     dense = awaken(Odd())
     model = pruned(dense, 0.5)
     before = weights_of(model)
-    assert set(rebuild(model, means_of(dense, calibration))) == {"down was not refitted", "hidden was not refitted"}
-    assert {name for name, weight in weights_of(model).items() if not torch.equal(weight, before[name])} == {"stem"}
+    assert rebuild(model, means_of(dense, calibration)) == ["not refitted: hidden (runs 2 times)"]
+    changed = {name for name, weight in weights_of(model).items() if not torch.equal(weight, before[name])}
+    assert changed == {"stem", "down"}
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("limit", [1 << 20, 40 * 8])
 def test_a_gpu_refits_as_the_cpu_does(resnet, calibration, monkeypatch, limit):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(MODULE + "default_batch_size", lambda device: 20)  # the same positions
+    monkeypatch.setattr(STREAMS + "default_batch_size", lambda device: 20)  # the same positions
     outputs = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         there = replace(calibration, position_limit=limit, images=calibration.images.to(device))
