@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsity.data.images import Split, normalise
 from sparsity.networks.evaluation import default_batch_size
-from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import BatchNorm, Layer, exclude, positions_per_image, prunable_layers
+from sparsity.networks.inference import choose_way, inference_copy
+from sparsity.networks.layers import BatchNorm, Layer, exclude, positions_per_image, prunable_layers, unprunable
 from sparsity.prune.filters import inner_convs
-from sparsity.prune.moments import can_unfold
+from sparsity.recover.reconstruction import not_refitted
 from sparsity.sweep import work
 from sparsity.sweep.flags import CALIBRATION_IMAGES
 from sparsity.sweep.inputs import Inputs, load_inputs
+from sparsity.sweep.prepare import prepare_inference
 from sparsity.system import processes
-from sparsity.system.errors import one_line
-from sparsity.system.machine import DTYPES, set_up_machine
+from sparsity.system.machine import set_up_machine
 
 COMPARED = 32  # images that the folded network is compared on
 SHOWN = 2  # layers of a line that names some
@@ -64,7 +64,7 @@ def describe(args: argparse.Namespace) -> None:
     print(f"\n{table_text(table)}\n")
     for line in ability_lines(given.dense.to(device), table, given.test.to(device)):
         print(line)
-    print(time_line(args, given, [entry.name for entry in table if not entry.dense]))
+    print(time_line(args, given, prepare_inference(args, given), [entry.name for entry in table if not entry.dense]))
     processes.leave()
 
 
@@ -83,13 +83,6 @@ def layer_table(model: nn.Module, example: Tensor, patterns: list[str]) -> list[
             kind = _kind(module) if name == "weight" else f"parameter of {_kind(module)}"
             table.append(Entry(layer, kind, tuple(weight.shape), weight.numel(), macs, dense))
     return table
-
-
-def unprunable(model: nn.Module, example: Tensor) -> dict[str, str]:
-    """Name -> why it is not pruned, of every convolution and linear layer that `prunable_layers` leaves out."""
-    prunable, positions = prunable_layers(model, example), positions_per_image(model, example)
-    left = [name for name, each in model.named_modules() if isinstance(each, Layer) and name not in prunable]
-    return {name: "output layer" if name in positions else "does not run" for name in left}
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -135,14 +128,15 @@ def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator
     yield f"prunable: {weights:,} of {parameters:,} parameters, in {len(prunable)} of {len(table)} layers"
     if rest := _dense_rest(model):
         yield f"dense besides: {rest}"
-    problem = tracing_problem(model)
-    yield f"traced by torch.fx: {'yes' if problem is None else f'no ({problem})'}"
-    yield "folded: nothing, as it cannot be traced" if problem else _folding_line(folding(model, test))
+    images = normalise(test.images[:COMPARED], test.mean, test.std, torch.float32)
+    way = choose_way(model, images)
+    yield f"traced by torch.fx: {'yes' if way.traced else f'no ({way.reason})'}"
+    yield _folding_line(folding(model, images))
     names = [entry.name for entry in prunable]
-    left = not_refitted(model, names, torch.zeros_like(test.images[:1], dtype=torch.float32))
+    left = not_refitted(model, names, images[:1])
     refitted = f"refitted by reconstruction: {len(names) - len(left)} of {len(names)} prunable layers"
     yield "; ".join([refitted, *(f"not {_few(left, reason)}: {reason}" for reason in dict.fromkeys(left.values()))])
-    filters = {} if problem else {name: model.get_submodule(name).out_channels for name in inner_convs(model)}
+    filters = {name: model.get_submodule(name).out_channels for name in inner_convs(model)}
     yield f"filters that can be removed: {sum(filters.values()):,}, in {len(filters)} convolutions"
 
 
@@ -163,20 +157,10 @@ def _dense_rest(model: nn.Module) -> str:
     return ", ".join(f"{count:,} of {kind}" for kind, count in counts.items())
 
 
-def tracing_problem(model: nn.Module) -> str | None:
-    """Why `torch.fx` cannot trace a network, in words; None where it can."""
-    try:
-        fx.symbolic_trace(model)
-    except Exception as error:  # tracing runs the forward pass of others on proxies: anything may be raised
-        return f"{type(error).__name__}: {one_line(error)[:120]}"
-    return None
-
-
 @torch.inference_mode()
-def folding(model: nn.Module, test: Split) -> Folding:
-    """Fold a network that can be traced, in float32, and compare its outputs on the first test images."""
+def folding(model: nn.Module, images: Tensor) -> Folding:
+    """Fold a network, in float32, and compare its outputs on images."""
     copy = inference_copy(model)
-    images = normalise(test.images[:COMPARED], test.mean, test.std, torch.float32)
     expected, found = model(images), copy(images)
     every = sum(isinstance(module, BatchNorm) for module in model.modules())
     return Folding(
@@ -197,27 +181,11 @@ def _folding_line(found: Folding) -> str:
     )
 
 
-def not_refitted(model: nn.Module, layers: list[str], example: Tensor) -> dict[str, str]:
-    """Name -> reason of each of `layers` whose weights the recovery `reconstruction` leaves; `example` is an image."""
-    if tracing_problem(model):
-        return dict.fromkeys(layers, "the network cannot be traced")
-    times = Counter(node.target for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module")
-    problems = {}
-    for name in layers:
-        if times[name] != 1:
-            problems[name] = f"runs {times[name]} times" if times[name] else "not called as a layer"
-        elif not can_unfold(layer := model.get_submodule(name)):
-            problems[name] = "grouped" if layer.groups > 1 else f"padding {layer.padding_mode} {layer.padding}"
-    return problems
-
-
-def time_line(args: argparse.Namespace, given: Inputs, layers: list[str]) -> str:
-    """About how long the sweep of these flags takes, and what the estimate assumes."""
-    model, test, device = given.dense, given.test.to(torch.device(args.device)), torch.device(args.device)
-    problem = tracing_problem(model)
-    panel = work.choose_panel(args, layers, [] if problem else [name for name in inner_convs(model) if name in layers])
-    network = model.to(device).eval() if problem else inference_copy(model.to(device), DTYPES[args.precision])
-    rate = work.images_per_second(network, test, args.batch_size)
+def time_line(args: argparse.Namespace, given: Inputs, inference: nn.Module, layers: list[str]) -> str:
+    """About how long the sweep of these flags takes, evaluated in `inference`, and what the estimate assumes."""
+    panel = work.choose_panel(args, layers, [name for name in inner_convs(given.dense) if name in layers])
+    test = given.test.to(torch.device(args.device))
+    rate = work.images_per_second(inference, test, args.batch_size)
     calibrated = args.calibration_images or CALIBRATION_IMAGES
     costs = {name: cost / rate for name, cost in work.level_costs(len(test), calibrated, 0, 0).items()}
     seconds = costs["none"] + sum(costs[curve.recover] * len(levels) for curve, levels in panel.items())

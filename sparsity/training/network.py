@@ -8,6 +8,7 @@ from torch import nn
 
 from sparsity.networks import families
 from sparsity.networks.checkpoint import Checkpoint
+from sparsity.networks.inference import choose_way
 from sparsity.networks.layers import memory_format
 from sparsity.networks.outputs import require_logits, training_problem
 from sparsity.system.errors import UserError
@@ -32,6 +33,7 @@ def build_network(
     require_logits(model, args.arch, args.image_size, num_classes)
     if not state:
         require_trainable(args, model)
+    choose_way(model, torch.randn(2, 3, args.image_size, args.image_size, generator=torch.Generator()))
     return model.to(device, memory_format=memory_format(model)), spec
 
 

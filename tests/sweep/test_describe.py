@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import pruning
+from sparsity.data.images import normalise
 from sparsity.networks import families
-from sparsity.networks.layers import census, prunable_layers
-from sparsity.sweep.describe import ability_lines, folding, layer_table, not_refitted, table_text, tracing_problem
+from sparsity.networks.census import census
+from sparsity.networks.layers import prunable_layers
+from sparsity.sweep.describe import ability_lines, folding, layer_table, table_text
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -63,6 +65,7 @@ def test_odd_weights_are_in_the_table():
     )
     assert table["depthwise"].macs == 2 * 64 * 54
     assert table["attention.in_proj_weight"].dense == "inside MultiheadAttention"
+    assert table["down"].dense.startswith("parametrized by") and table["idle"].dense == "does not run"
     assert table["place"].dense == "neither convolution nor linear layer"
     assert table["result"].dense == "output layer"
     prunable = {name for name, entry in table.items() if not entry.dense}
@@ -76,16 +79,17 @@ def test_the_table_is_flush():
 
 
 def test_folding_is_compared_on_images(small_net, small_split):
-    found = folding(small_net, small_split)
+    few = small_split.images[:32]
+    found = folding(small_net, normalise(few, small_split.mean, small_split.std))
     assert (found.folded, found.all, found.images, found.same_class) == (2, 2, 32, 32)
     assert 0 < found.difference < 1e-5 < found.largest
 
 
 def test_a_network_that_cannot_be_traced_is_told_with_the_reason(small_split):
     model = awaken(Branching())
-    assert tracing_problem(SmallNet()) is None and "TraceError: symbolically traced" in tracing_problem(model)
     lines = "\n".join(ability_lines(model, layer_table(model, EXAMPLE, []), small_split))
-    assert "traced by torch.fx: no (TraceError" in lines and "folded: nothing" in lines
+    assert "traced by torch.fx: no (TraceError: symbolically traced" in lines and "folded: 0 of 2" in lines
+    assert "refitted by reconstruction: 3 of 3 prunable layers" in lines
     assert "filters that can be removed: 0, in 0 convolutions" in lines
 
 
@@ -101,10 +105,14 @@ def test_what_can_be_done_is_counted(small_net, small_split):
     ]
 
 
-def test_a_layer_that_runs_twice_is_not_refitted():
-    model = SmallNet()
-    model.down = nn.Sequential(conv := nn.Conv2d(6, 6, 3, padding=1), conv, nn.Conv2d(6, 8, 1))
-    assert not_refitted(model, ["stem", "down.0", "down.2"], EXAMPLE) == {"down.0": "runs 2 times"}
+def test_layers_that_are_not_refitted_are_named(small_split):
+    model = awaken(Odd())
+    nn.utils.parametrize.remove_parametrizations(model.down, "weight")
+    told = list(ability_lines(model, layer_table(model, EXAMPLE, []), small_split))[-2]
+    assert told == (
+        "refitted by reconstruction: 3 of 5 prunable layers; not depthwise: runs 2 times; "
+        "not attention.out_proj: inside MultiheadAttention"
+    )
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
