@@ -79,7 +79,7 @@ def layer_table(model: nn.Module, example: Tensor, patterns: list[str]) -> list[
             if not isinstance(module, Layer):
                 attention = isinstance(module, nn.MultiheadAttention)
                 dense = "inside MultiheadAttention" if attention else "neither convolution nor linear layer"
-            macs = positions.get(module_name, 0) * weight.numel() if "weight" in name else 0
+            macs = positions.get(module_name, 0) * weight.numel() if name.endswith("weight") else 0
             kind = _kind(module) if name == "weight" else f"parameter of {_kind(module)}"
             table.append(Entry(layer, kind, tuple(weight.shape), weight.numel(), macs, dense))
     return table
