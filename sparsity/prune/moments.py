@@ -36,7 +36,8 @@ def unfold_problem(layer: Layer) -> str | None:
         return "3-d convolution"
     if isinstance(layer, InAttention):
         return "inside MultiheadAttention"
-    return "a forward pass of its own" if own_forward(layer) else None
+    # A traced copy holds a layer with a forward pass of its own as a bare module.
+    return None if isinstance(layer, Layer) and not own_forward(layer) else "a forward pass of its own"
 
 
 def windows(layer: Layer, inputs: Tensor) -> Tensor:
