@@ -10,7 +10,17 @@ from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from sparsity.data.images import Split, normalise
-from sparsity.networks.layers import BatchNorm, Conv, Layer, Way, effective_weight, own_forward, set_way, way_of
+from sparsity.networks.layers import (
+    BatchNorm,
+    Conv,
+    Layer,
+    Way,
+    effective_weight,
+    own_forward,
+    parametrization,
+    set_way,
+    way_of,
+)
 from sparsity.system.errors import UserError, one_line
 
 # The fastest first.
@@ -41,6 +51,19 @@ def choose_way(model: nn.Module, images: Tensor) -> Way:
             return way_of(model)
         reason = f"its outputs differ by {apart:.1e} of the largest"
     raise UserError(f"the network cannot be pruned, because even a plain copy of it fails ({reason})")
+
+
+@torch.no_grad()
+def precision_problem(model: nn.Module, images: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a copy of `model` in `dtype` cannot run on `images` (normalised, float32), in words; None where it can."""
+    copied = inference_copy(model, dtype)
+    try:
+        (copied.forward if way_of(model).traced else copied)(images.to(dtype))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # tensors of another type than its weights, most often
+        return one_line(error)[:120]
+    return None
 
 
 def inference_copy(
@@ -121,7 +144,8 @@ def _traced(plain: nn.Module, fold: bool) -> fx.GraphModule:
     calls = [node.target for node in layers]
     folded: dict[str, str | None] = {}
     for node, layer in layers.items():
-        if not isinstance(layer, Conv | nn.Linear) or own_forward(layer) or node.target in folded:
+        usual = isinstance(layer, Conv | nn.Linear) and not own_forward(layer) and not parametrization(layer)
+        if not usual or node.target in folded:
             continue
         batch_norm = _following_batch_norm(node, layers, calls) if fold else None
         folded[node.target] = batch_norm.target if batch_norm else None

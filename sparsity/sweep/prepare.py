@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from sparsity.data.images import normalise
-from sparsity.networks.inference import choose_way, inference_copy
+from sparsity.networks.inference import choose_way, inference_copy, precision_problem
 from sparsity.networks.layers import dense_parameters, require_plain_weights, unprunable
 from sparsity.sweep.inputs import Inputs
 from sparsity.sweep.level import SAMPLE
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError
 from sparsity.system.machine import DTYPES
 
 
@@ -29,17 +29,10 @@ def prepare_inference(args: argparse.Namespace, given: Inputs) -> nn.Module:
         print(f"torch.fx cannot stand in for the network: {told}")
         if args.measure:
             raise UserError("--measure needs a network that torch.fx can trace; leave it out")
-    inference = inference_copy(dense, DTYPES[args.precision])
-    try:
-        with torch.no_grad():
-            inference(few.to(DTYPES[args.precision]))
-    except RuntimeError as error:
-        if args.precision == "fp32":
-            raise
-        print(f"the network does not run in bfloat16 ({one_line(error)[:120]}): all is computed in float32")
+    if problem := args.precision != "fp32" and precision_problem(dense, few, DTYPES[args.precision]):
+        print(f"the network does not run in {args.precision} ({problem}): all is computed in fp32")
         args.precision = "fp32"
-        inference = inference_copy(dense)
-    return inference
+    return inference_copy(dense, DTYPES[args.precision])
 
 
 def say_what_stays_dense(model: nn.Module, example: torch.Tensor) -> None:
