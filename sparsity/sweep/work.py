@@ -14,9 +14,7 @@ from sparsity.results.store import Sweep
 from sparsity.sweep.level import Evaluator
 from sparsity.system import processes
 from sparsity.system.errors import UserError
-from sparsity.system.methods import FILTER_CRITERIA, ONE_LAYER, RECOVERIES, Curve
-
-Panel = dict[Curve, list[float]]  # levels in percent, ascending
+from sparsity.system.methods import FILTER_CRITERIA, ONE_LAYER, RECOVERIES, Curve, Panel
 
 RECONSTRUCTED_LEVELS = [60.0, 80.0, 90.0, 95.0]
 

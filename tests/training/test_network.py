@@ -18,7 +18,7 @@ def net(num_classes, size=32):
 @pytest.fixture
 def flags(tmp_path):
     (tmp_path / "net.py").write_text(NET)
-    return ["--arch", f"{tmp_path}/net.py:net", "--recipe", "strong"]
+    return ["--arch", f"{tmp_path}/net.py:net", "--recipe", "strong", "--precision", "fp32"]
 
 
 def test_a_network_for_one_size_of_images_is_trained_on_that_size_which_is_said(flags, capsys):
@@ -36,7 +36,7 @@ def test_a_network_for_one_size_of_images_is_trained_on_that_size_which_is_said(
 
 
 def test_a_built_in_network_takes_the_sizes_of_the_recipe():
-    args = parse_args(["--arch", "resnet18", "--width", "4", "--recipe", "strong"])
+    args = parse_args(["--arch", "resnet18", "--width", "4", "--recipe", "strong", "--precision", "fp32"])
     model, spec = build_network(args, 3, None, torch.device("cpu"))
     assert args.start_size == 20 and spec == {"arch": "resnet18", "num_classes": 3, "width": 4}
     assert not model.layer1[0].bn2.weight.any()  # --zero_init
