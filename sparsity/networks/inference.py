@@ -110,7 +110,7 @@ def refresh(inference: nn.Module, model: nn.Module) -> None:
         target.bias.copy_(torch.zeros_like(target.bias) if bias is None else bias)
     for name, target in [*inference.named_parameters(), *inference.named_buffers()]:
         place, _, part = name.rpartition(".")
-        if place not in inference.folded:
+        if place not in inference.folded and not part.startswith("_tensor_constant"):  # of the trace alone
             owner = model.get_submodule(place)
             masked = part == "weight" and isinstance(owner, Layer)
             target.copy_(effective_weight(owner) if masked else getattr(owner, part))
