@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsity.data.calibration import Calibration
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import Layer, memory_format, positions_per_image
-from sparsity.prune.moments import exact_products, input_moments, spread
+from sparsity.prune.moments import exact_products, input_moments, spread, unfold_problem
 from sparsity.system import methods
 from sparsity.system.errors import UserError
 from sparsity.system.machine import generator
@@ -41,9 +41,13 @@ class Evidence:
     notes: list[str] = field(default_factory=list)
 
     def moments(self, diagonal: bool = False) -> dict[str, Tensor]:
-        """Name -> second moment [d, d] (float32) of a layer's inputs as from `input_rows`, or its diagonal [d]."""
+        """Name -> second moment [d, d] (float32) of a layer's inputs as from `input_rows`, or its diagonal [d].
+
+        Layers that `unfold_problem` names have none.
+        """
         network = inference_copy(self.model, self.calibration.dtype, fold=False)
-        return input_moments(network, list(self.layers), self.calibration, diagonal)
+        names = [name for name, layer in self.layers.items() if not unfold_problem(layer)]
+        return input_moments(network, names, self.calibration, diagonal)
 
 
 Scores = dict[str, Tensor]  # layer -> float32, of the weight's shape and on its device

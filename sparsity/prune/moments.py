@@ -154,7 +154,7 @@ def input_moments(
 
     In groups it is [g, d, d]. `network` computes in the calibration's dtype and is in eval mode; with `diagonal` only
     the diagonal [d] is computed. In layers with more than `position_limit` positions a seeded subset is used. The
-    inputs of all calls of a layer count. Layers that do not run, or that `unfold_problem` names, have no moment.
+    inputs of all calls of a layer count.
     """
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
@@ -171,9 +171,8 @@ def input_moments(
         counts[name] += rows.shape[-2]
 
     handles = [
-        layer.register_forward_pre_hook(partial(collect, name, number))
+        network.get_submodule(name).register_forward_pre_hook(partial(collect, name, number))
         for number, name in enumerate(layers)
-        if not unfold_problem(layer := network.get_submodule(name))
     ]
     try:
         with exact_products(calibration.dtype):
