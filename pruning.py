@@ -12,14 +12,14 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
-from torch import fx
+from torch import nn
 from tqdm import tqdm
 
 from sparsity.data.images import Split
 from sparsity.figures import accuracy, heatmaps
 from sparsity.figures.savings import savings_lines
 from sparsity.networks.evaluation import default_batch_size
-from sparsity.networks.inference import compiled, inference_copy
+from sparsity.networks.inference import compiled
 from sparsity.networks.layers import Layer, exclude, positions_per_image, prunable_layers
 from sparsity.networks.sparse import require_supported
 from sparsity.prune.filters import inner_convs
@@ -29,10 +29,12 @@ from sparsity.results.files import SweepFiles
 from sparsity.results.store import Sweep, join_parts, open_sweep, read_sweep
 from sparsity.sweep import inputs, work
 from sparsity.sweep.controls import measure_controls, require_comparable
+from sparsity.sweep.describe import describe
 from sparsity.sweep.export import Exporter, ExportFiles
 from sparsity.sweep.header import describe_sweep, output_name
 from sparsity.sweep.level import Evaluator, Extra, PrunedNetwork
 from sparsity.sweep.networks import Networks, resume_curve, save_step
+from sparsity.sweep.prepare import prepare_inference, say_what_stays_dense
 from sparsity.sweep.timing import Timer
 from sparsity.system import processes
 from sparsity.system.errors import UserError, command_line, run_main
@@ -77,8 +79,8 @@ def sweep_levels(args: argparse.Namespace) -> None:
     prepare_folder(args.images_dir, "--images_dir", 64 << 20)
     given = inputs.load_inputs(args)
     require_comparable(args.controls, given.saved)
+    inference = prepare_inference(args, given)
     prunable, positions, panel = plan(args, given)
-    inference = inference_copy(given.dense.to(device), DTYPES[args.precision])
     if args.engine == "sparse":
         require_supported(inference, given.example.to(device))
     exported = prepare_exports(args, given, panel)
@@ -102,10 +104,12 @@ def sweep_levels(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace, given: inputs.Inputs) -> tuple[dict[str, Layer], dict[str, int], work.Panel]:
     """Prunable layers, output positions per image of each layer (for multiply-adds), and the curves and levels."""
-    prunable = exclude(prunable_layers(given.dense, given.example), args.exclude)
+    example = given.example.to(args.device)
+    prunable = exclude(prunable_layers(given.dense, example), args.exclude)
+    say_what_stays_dense(given.dense, example)
     inner = [name for name in inner_convs(given.dense) if name in prunable]
     panel = work.choose_panel(args, list(prunable), inner)
-    return prunable, positions_per_image(given.dense, given.example), panel
+    return prunable, positions_per_image(given.dense, example), panel
 
 
 def prepare_exports(args: argparse.Namespace, given: inputs.Inputs, panel: work.Panel) -> ExportFiles:
@@ -132,7 +136,7 @@ def open_shared(
 
 
 def make_extras(
-    args: argparse.Namespace, sweep: Sweep, exported: ExportFiles, test: Split, inference: fx.GraphModule
+    args: argparse.Namespace, sweep: Sweep, exported: ExportFiles, test: Split, inference: nn.Module
 ) -> tuple[Extra, ...]:
     """The measurements of --export and --measure; rows that lack one are to be evaluated again."""
     extras: list[Extra] = []
@@ -198,7 +202,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     program, args.words = ("pruning.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
     args.command = command_line(program, args.words)
-    return run_main(lambda: sweep_levels(args), lambda: command_line(program, args.words))
+    task = describe if args.describe else sweep_levels
+    return run_main(lambda: task(args), lambda: command_line(program, args.words))
 
 
 if __name__ == "__main__":

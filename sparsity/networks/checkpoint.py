@@ -56,9 +56,15 @@ def save_packed(path: Path, content: dict[str, Any], precision: str = "fp32") ->
     """Write `content`, a state dict under 'net' and metadata that is JSON, atomically as a packed `.npz`.
 
     `precision` is 'fp32' or 'bf16'. Raises UserError when the file cannot be written, or could not be read back:
-    because of metadata that is not JSON, or values that are not finite.
+    because of metadata that is not JSON, or values that are not finite. A tensor with several names is written once.
     """
-    _write(path, content, lambda net, metadata: packed.pack(net, metadata, precision))
+    _write(path, content, lambda net, metadata: packed.pack(_once(net), metadata, precision))
+
+
+def _once(net: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the first name alone of each tensor that has several; `fit` knows the others."""
+    first = {id(tensor): name for name, tensor in reversed(net.items())}
+    return {name: tensor for name, tensor in net.items() if first[id(tensor)] == name}
 
 
 def save_safetensors(path: Path, content: dict[str, Any]) -> None:

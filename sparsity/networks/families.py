@@ -131,7 +131,11 @@ def build(spec: Spec) -> nn.Module:
         if source not in LIBRARIES:
             raise ValueError(f"unknown architecture {arch!r}")
         model = LIBRARIES[source](name, classes, arguments)
-    return give_logits(model.cpu().float(), arch)
+    try:
+        model = model.cpu().float()
+    except RuntimeError as error:
+        raise UserError(f"{arch} gives a network that cannot be used ({one_line(error)[:160]})") from error
+    return give_logits(model, arch)
 
 
 def _opened(checkpoint: Checkpoint, named: Spec | None) -> Spec:
@@ -166,7 +170,9 @@ def _foreign(checkpoint: Checkpoint, named: Spec | None) -> Spec:
     """The description of the network of a checkpoint without one: as `named`, or read off a built-in network."""
     path = checkpoint.path
     if named is not None and named["arch"] not in BUILT_IN:
-        return describe(named["arch"], named.get("num_classes") or _classes(checkpoint), 0, named.get("arch_args", {}))
+        arguments = named.get("arch_args", {})
+        told = named.get("num_classes", arguments.get("num_classes"))
+        return describe(named["arch"], told or _classes(checkpoint), 0, arguments)
     try:
         spec = Build_Resnet.spec_of(bare(checkpoint.net))
     except ValueError as error:

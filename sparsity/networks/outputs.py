@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sparsity.networks.user_file import folder_of, is_file, place
 from sparsity.system import processes
@@ -17,16 +18,26 @@ def give_logits(model: nn.Module, arch: str) -> nn.Module:
     """Make `model` return the logits alone, see `logits_of`, in place; the names of its modules stay.
 
     Its class becomes a subclass, so that calls, copies and `torch.fx` all see the same forward pass. Raises UserError
-    for networks of which a subclass cannot be made to do that.
+    for networks of which a subclass cannot be made to do that, that have layers without a size, or that have been here.
     """
     if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model):
         raise UserError(f"--arch {arch}: its forward pass is scripted or set on the instance; return the plain module")
-    whole = type(model).forward
+    if hasattr(model, "_whole_forward"):  # its weights would be those of the checkpoint that was read last
+        raise UserError(f"--arch {arch}: it gives the same network at every call; build a new one in the function")
+    if any(map(is_lazy, model.parameters())):
+        way = "run it once in the function, on torch.zeros(1, 3, size, size)"
+        raise UserError(f"--arch {arch}: it has layers without a size, such as LazyLinear; {way}")
+    kind = type(model)
 
     def forward(self: nn.Module, images: Tensor) -> Tensor:
-        return logits_of(whole(self, images))
+        return logits_of(kind.forward(self, images))
 
-    model.__class__ = type(type(model).__name__, (type(model),), {"forward": forward, "_whole_forward": whole})
+    def read(self: nn.Module, state: dict, prefix: str, metadata: dict, *rest: Any) -> None:
+        # A plain dictionary does not tell the version that some networks (MNASNet) ask for: it is that of now.
+        kind._load_from_state_dict(self, state, prefix, {"version": self._version} | metadata, *rest)
+
+    own = {"forward": forward, "_load_from_state_dict": read, "_whole_forward": kind.forward}
+    model.__class__ = type(kind.__name__, (kind,), own)
     return model
 
 
@@ -48,38 +59,49 @@ def _entry(output: Any) -> str | int | None:
 
 
 def require_logits(model: nn.Module, arch: str, image_size: int, num_classes: int) -> None:
-    """Run the network once, on one image of noise, and say which part of its output is taken if there are several.
+    """Run the network on one and on two images of noise; say which part of its output is taken if there are several.
 
-    Raises UserError where it cannot take images of `image_size` pixels, returns anything but logits [1, num_classes],
-    or holds or gives values that are not finite.
+    Raises UserError where it cannot take images of `image_size` pixels, returns anything but logits [images,
+    num_classes], or holds or gives values that are not finite.
     """
     training = model.training
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator())
     with torch.no_grad():
-        output = _run(model.eval(), arch, torch.randn(1, 3, image_size, image_size, generator=torch.Generator()))
+        outputs = [_run(model.eval(), arch, images[:count]) for count in (1, 2)]
     model.train(training)
+    if not any(True for _ in model.parameters()):
+        raise UserError(f"{arch} holds no parameters, so that there is nothing to train or prune")
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{arch} cannot be used: its {name} holds NaN or Inf")
-    logits, entry = logits_of(output), _entry(output)
+    for count, logits in enumerate(map(logits_of, outputs), 1):
+        _require(logits, arch, count, image_size, num_classes)
+    if (entry := _entry(outputs[0])) is not None:
+        kind = type(outputs[0]).__name__
+        print(f"{arch} returns a {kind}; its logits are {'number 0' if entry == 0 else entry}")
+
+
+def _require(logits: Any, arch: str, count: int, image_size: int, num_classes: int) -> None:
+    """UserError unless `logits` are those of `count` images."""
     if not isinstance(logits, Tensor):
         raise UserError(
             f"{arch} returns a {type(logits).__name__}; it has to return logits, a tensor [images, classes]"
         )
-    if logits.dim() != 2 or len(logits) != 1:
-        raise UserError(f"{arch} returns a tensor {list(logits.shape)} for one image; logits are [1, classes]")
+    if logits.dim() != 2 or len(logits) != count:
+        raise UserError(
+            f"{arch} returns a tensor {list(logits.shape)} for a batch of {count}; logits are [images, classes]"
+        )
     if logits.shape[1] != num_classes:
         raise UserError(f"{arch} tells {logits.shape[1]} classes apart, not the {num_classes} that are asked of it")
     if not logits.isfinite().all():
         raise UserError(f"{arch} gives NaN or Inf for an image of {image_size} pixels; check its weights and the size")
-    if entry is not None:
-        print(f"{arch} returns a {type(output).__name__}; its logits are {f'number {entry}' if entry == 0 else entry}")
 
 
 def training_problem(model: nn.Module, arch: str, image_size: int) -> str | None:
     """Why a network cannot be trained on images of a size, in words; None where it can.
 
-    A copy is run on two images of noise in training mode; backwards as well where there are several processes, each of
-    which needs gradients of all parameters.
+    A copy is run on two images of noise in training mode, and backwards. Several processes need gradients of all
+    parameters.
     """
     try:
         trial = copy.deepcopy(model).train()
@@ -92,11 +114,13 @@ def training_problem(model: nn.Module, arch: str, image_size: int) -> str | None
         return f"{error} in training mode"
     if not isinstance(logits, Tensor) or not logits.requires_grad:
         return f"{arch} cannot be trained: in training mode it returns no tensor with gradients"
-    if processes.size() > 1:
+    try:
         logits.sum().backward()
-        for name, parameter in trial.named_parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                return f"{arch} cannot be trained by several processes, as its {name} gets no gradient"
+    except RuntimeError as error:
+        return f"{arch} cannot be trained ({one_line(error)[:160]})"
+    idle = [name for name, each in trial.named_parameters() if each.requires_grad and each.grad is None]
+    if idle and processes.size() > 1:
+        return f"{arch} cannot be trained by several processes, as its {idle[0]} gets no gradient"
     return None
 
 

@@ -13,7 +13,7 @@ tensor (pruning by magnitude leaves none below a threshold), followed by the sig
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import Any
@@ -98,13 +98,22 @@ def stored(state: dict[str, Tensor], precision: str = "fp32") -> dict[str, Tenso
 
     'fp32' keeps every bit, except that -0.0 becomes 0.0; 'bf16' rounds to the nearest bfloat16, ties to even.
     """
-    result = {}
-    for name, tensor in state.items():
+
+    def back(name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            result[name] = _floats(_words(name, tensor, precision), list(tensor.shape))
-        else:
-            result[name] = _integers(_whole(name, tensor))
-    return result
+            return _floats(_words(name, tensor, precision), list(tensor.shape))
+        return _integers(_whole(name, tensor))
+
+    return share(state, back)
+
+
+def share(state: dict[str, Tensor], function: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    """Return `state` with `function` of each name and tensor; a tensor with several names stays one."""
+    results: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        if id(tensor) not in results:
+            results[id(tensor)] = function(name, tensor)
+    return {name: results[id(tensor)] for name, tensor in state.items()}
 
 
 def entropy_bits(zeros: int, total: int, value_bits: int = 32) -> float:

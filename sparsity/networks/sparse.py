@@ -151,8 +151,10 @@ def sparse_network(inference: fx.GraphModule, sample: Tensor) -> SparseNetwork:
     return network
 
 
-def require_supported(inference: fx.GraphModule, sample: Tensor) -> None:
+def require_supported(inference: nn.Module, sample: Tensor) -> None:
     """UserError unless sparse kernels can run the network on `sample`: in float32 on a CPU, with layers of a ResNet."""
+    if not isinstance(inference, fx.GraphModule):
+        raise UserError("--engine sparse needs a network that torch.fx can trace; use --engine dense")
     weight = next(inference.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         raise UserError("--engine sparse is for float32 on a CPU; use --engine dense, or --precision fp32 on a CPU")

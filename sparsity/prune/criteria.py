@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsity.data.calibration import Calibration
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import Layer, memory_format, positions_per_image
-from sparsity.prune.moments import as_weight, exact_products, input_moments
+from sparsity.prune.moments import exact_products, input_moments, spread, unfold_problem
 from sparsity.system import methods
 from sparsity.system.errors import UserError
 from sparsity.system.machine import generator
@@ -41,9 +41,13 @@ class Evidence:
     notes: list[str] = field(default_factory=list)
 
     def moments(self, diagonal: bool = False) -> dict[str, Tensor]:
-        """Name -> second moment [d, d] (float32) of a layer's inputs as from `input_rows`, or its diagonal [d]."""
+        """Name -> second moment [d, d] (float32) of a layer's inputs as from `input_rows`, or its diagonal [d].
+
+        Layers that `unfold_problem` names have none.
+        """
         network = inference_copy(self.model, self.calibration.dtype, fold=False)
-        return input_moments(network, list(self.layers), self.calibration, diagonal)
+        names = [name for name, layer in self.layers.items() if not unfold_problem(layer)]
+        return input_moments(network, names, self.calibration, diagonal)
 
 
 Scores = dict[str, Tensor]  # layer -> float32, of the weight's shape and on its device
@@ -72,9 +76,27 @@ def activation(evidence: Evidence) -> Scores:
     images, _ = next(evidence.calibration.batches(torch.float32))
     positions = positions_per_image(evidence.model, images[:1])
     count = len(evidence.calibration)
-    norms = {name: (mean * count * positions[name]).sqrt() for name, mean in evidence.moments(diagonal=True).items()}
-    layers = evidence.layers.items()
-    return {name: layer.weight.abs() * as_weight(norms[name], layer.weight) for name, layer in layers}
+    moments = evidence.moments(diagonal=True)
+    return _scale(evidence, {name: (mean * count * positions[name]).sqrt() for name, mean in moments.items()})
+
+
+def _scale(evidence: Evidence, factors: dict[str, Tensor], squared: bool = False) -> Scores:
+    """Magnitudes, or their squares, times the factor of each weight's input, [d] of a layer or [g, d] in groups.
+
+    A layer without factors, because its inputs cannot be unfolded, gets the mean of all others, so that its weights
+    compare by magnitude; which is noted.
+    """
+    without = [name for name in evidence.layers if name not in factors]
+    usual = 1.0
+    if without:
+        usual = sum(float(values.mean()) for values in factors.values()) / len(factors) if factors else 1.0
+        evidence.notes.append(f"scored by magnitude, not by inputs: {', '.join(without)}")
+    scores = {}
+    for name, layer in evidence.layers.items():
+        factor = spread(factors[name], layer) if name in factors else usual
+        magnitude = layer.weight.abs()
+        scores[name] = (magnitude.square() if squared else magnitude) * factor
+    return scores
 
 
 @torch.enable_grad()
@@ -103,16 +125,17 @@ def obs(evidence: Evidence) -> Scores:
     H is the damped second moment of the layer's inputs (Optimal Brain Surgeon by layer, arXiv 2208.11580). A weight
     whose input is always zero scores zero.
     """
-    moments, scores = evidence.moments(), {}
-    for name, layer in evidence.layers.items():
+    moments, prices = evidence.moments(), {}
+    for name in list(moments):
         moment = moments.pop(name)  # a large network holds half a gigabyte of them
-        dead = moment.diagonal() == 0
-        inverse, damping = _inverse_diagonal(moment, name)
-        if damping > DAMPING:
-            evidence.notes.append(f"{name}: the inputs' second moment could only be inverted with {damping:g} damping")
-        price = inverse.reciprocal().masked_fill(dead, 0)
-        scores[name] = layer.weight.square() * as_weight(price, layer.weight)
-    return scores
+        dead = moment.diagonal(dim1=-2, dim2=-1) == 0
+        groups = moment if moment.dim() == 3 else [moment]
+        inverses, dampings = zip(*(_inverse_diagonal(group, name) for group in groups), strict=True)
+        if max(dampings) > DAMPING:
+            told = f"{name}: the inputs' second moment could only be inverted with {max(dampings):g} damping"
+            evidence.notes.append(told)
+        prices[name] = torch.stack(inverses).view_as(dead).reciprocal().masked_fill(dead, 0)
+    return _scale(evidence, prices, squared=True)
 
 
 CRITERIA = {"l1": l1, "random": random, "activation": activation, "gradient": gradient, "obs": obs}

@@ -4,31 +4,46 @@ import operator
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparsity.networks.layers import BatchNorm, unmasked_state
+from sparsity.networks.layers import BatchNorm, effective_weight, own_forward, twins, unmasked_state, way_of
 from sparsity.prune.masks import apply_masks
 
-RELUS = (F.relu, torch.relu, torch.relu_, "relu")
+RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
+# Modules, functions and methods that leave a channel of zeros a channel of zeros, whatever the other channels hold.
+SILENT_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    *(nn.Tanh, nn.Softsign, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+)
+SILENT_CALLS = (
+    *(*RELUS, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.tanh, torch.tanh, "tanh"),
+    *(F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
+)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Convolutions in a row within one module, each read only by its BatchNorm, a ReLU and the next convolution.
+    """Convolutions in a row within one block, each read only by its BatchNorm, an activation and the next convolution.
 
     All but the last are inner convolutions, whose filters may be removed: no shortcut shares their channels.
     `norms` holds the BatchNorm after each, for the last None where there is none. With `residual` an addition alone
-    reads the last BatchNorm, so that the network works without the branch.
+    reads the last BatchNorm, so that the network works without the branch. `followers` holds the depthwise
+    convolutions, each with its BatchNorm, between an inner convolution and the next: they lose the same channels.
+    In a `plain` branch there are none, and all activations are ReLU.
     """
 
     convs: tuple[str, ...]
     norms: tuple[str | None, ...]
     residual: bool
+    followers: tuple[tuple[tuple[str, str], ...], ...] = ()
+    plain: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,29 +61,94 @@ class Thin:
 
 
 def branches(model: nn.Module) -> list[Branch]:
-    """The branches of a network with inner convolutions, in the order of execution; `model` is traced by torch.fx."""
-    calls = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
-    times = Counter(node.target for node in calls)
-    modules = {node: model.get_submodule(node.target) for node in calls}
-    once = {node: module for node, module in modules.items() if times[node.target] == 1}
-    norms: dict[fx.Node, fx.Node | None] = {}
-    for node, module in once.items():
-        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
-            norm = once.get(_only_user(node))
-            usable = isinstance(norm, BatchNorm) and norm.affine and norm.track_running_stats
-            norms[node] = _only_user(node) if usable else None
-    readers = {conv: _reader(norm, modules) for conv, norm in norms.items()}
+    """The branches of a network with inner convolutions, in the order of execution; none where it is not traced."""
+    if not way_of(model).traced:
+        return []
+    graph = _Graph(model)
+    links = {conv: graph.link(conv) for conv in graph.modules if graph.is_conv(conv)}
     found = []
-    for first in norms:
+    readers = {link.reader for link in links.values()}
+    for first in links:
         chain = [first]
-        while readers[chain[-1]] in norms:
-            chain.append(readers[chain[-1]])
-        if len(chain) > 1 and first not in readers.values():
-            after = _only_user(norms[chain[-1]])
+        while links[chain[-1]].reader in links:
+            chain.append(links[chain[-1]].reader)
+        if len(chain) > 1 and first not in readers:
+            inner, last = [links[conv] for conv in chain[:-1]], links[chain[-1]]
+            after = _only_user(last.norm)
             residual = after is not None and after.op == "call_function" and after.target in ADDITIONS
-            names = tuple(norms[conv] and norms[conv].target for conv in chain)
-            found.append(Branch(tuple(conv.target for conv in chain), names, residual))
+            followers = tuple(link.followers for link in inner)
+            plain = all(link.plain for link in inner)
+            norms = tuple(link.norm and link.norm.target for link in (*inner, last))
+            names = tuple(conv.target for conv in chain)
+            found.append(Branch(names, norms, residual, followers if any(followers) else (), plain))
     return found
+
+
+class _Link(NamedTuple):
+    """The nodes that read a convolution, one after the other: see `Branch`."""
+
+    norm: fx.Node | None
+    followers: tuple[tuple[str, str], ...] = ()
+    reader: fx.Node | None = None
+    plain: bool = True
+
+
+class _Graph:
+    """The calls of modules in a traced network, and how they follow each other."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        calls = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
+        times = Counter(node.target for node in calls)
+        shared = {name for first, others in twins(model).items() for name in (first, *others)}
+        self.modules = {node: model.get_submodule(node.target) for node in calls}
+        self.once = {node for node in calls if times[node.target] == 1 and node.target not in shared}
+
+    def is_conv(self, node: fx.Node | None) -> bool:
+        """Whether a node is an ungrouped convolution that runs once."""
+        conv = self.modules.get(node)
+        plain = isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.padding_mode == "zeros"
+        return plain and node in self.once and not own_forward(conv)
+
+    def norm_after(self, node: fx.Node) -> fx.Node | None:
+        """The BatchNorm that alone reads a node, and can silence its channels."""
+        follower = _only_user(node)
+        norm = self.modules.get(follower)
+        usable = isinstance(norm, BatchNorm) and norm.affine and norm.track_running_stats and follower in self.once
+        return follower if usable else None
+
+    def link(self, conv: fx.Node) -> _Link:
+        """From a convolution to the next one of the same block."""
+        norm = last = self.norm_after(conv)
+        followers, plain, node = [], True, _only_user(norm)
+        while last is not None and node is not None:
+            module = self.modules.get(node)
+            if self._is_depthwise(node) and (own := self.norm_after(node)) is not None:
+                followers.append((node.target, own.target))
+                last, node, plain = own, _only_user(own), False
+            elif isinstance(module, SILENT_MODULES) if module is not None else node.target in SILENT_CALLS:
+                plain &= isinstance(module, nn.ReLU) or node.target in RELUS
+                node = _only_user(node)
+            elif self.is_conv(node) and self._block(node) == self._block(last):
+                return _Link(norm, tuple(followers), node, plain)
+            else:
+                break
+        return _Link(norm)
+
+    def _is_depthwise(self, node: fx.Node) -> bool:
+        conv = self.modules.get(node)
+        depthwise = isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels > 1
+        return depthwise and node in self.once and not own_forward(conv)
+
+    def _block(self, node: fx.Node) -> str:
+        """The module around a node. A stem that only one shortcut reads is no part of that block.
+
+        A Sequential is no block, because what stands behind it reads its last module.
+        """
+        name = node.target.rpartition(".")[0]
+        while name and isinstance(self.model.get_submodule(name), nn.Sequential):
+            name = name.rpartition(".")[0]
+        return name
 
 
 def inner_convs(model: nn.Module) -> list[str]:
@@ -94,15 +174,23 @@ def mask_filters(model: nn.Module, keep: dict[str, Tensor]) -> int:
             more += sum(int(filters.sum()) for filters in kept[:-1])
             kept = [torch.zeros_like(filters) for filters in kept]
         read = torch.ones(convs[0].in_channels, dtype=torch.bool)
-        for conv, name, norm, filters in zip(convs, branch.convs, branch.norms, kept, strict=True):
-            mask = filters[:, None] & read  # [filters, channels]
-            if not mask.all():
-                apply_masks({name: conv}, {name: mask[:, :, None, None].expand_as(conv.weight)})
-            for part in () if norm is None else ("weight", "bias"):
-                values = getattr(model.get_submodule(norm), part)
-                values[~filters.to(values.device)] = 0
+        for name, norm, filters in zip(branch.convs, branch.norms, kept, strict=True):
+            _mask_filters(model, name, norm, filters, filters[:, None] & read)
             read = filters
+        for carried, filters in zip(branch.followers, kept, strict=False):
+            for name, norm in carried:
+                _mask_filters(model, name, norm, filters, filters[:, None])
     return more
+
+
+def _mask_filters(model: nn.Module, name: str, norm: str | None, filters: Tensor, mask: Tensor) -> None:
+    """Mask a convolution by `mask` [filters, channels], and silence all but the `filters` of its BatchNorm."""
+    conv = model.get_submodule(name)
+    if not mask.all():
+        apply_masks({name: conv}, {name: mask[:, :, None, None].expand_as(conv.weight)})
+    for part in () if norm is None else ("weight", "bias"):
+        values = getattr(model.get_submodule(norm), part)
+        values[~filters.to(values.device)] = 0
 
 
 @torch.no_grad()
@@ -112,11 +200,11 @@ def thin(model: nn.Module) -> Thin:
     An inner channel is removed where nothing reads it; where its filter is zero and it emits zero after BatchNorm and
     ReLU; and where it emits a constant to an unpadded convolution, whose BatchNorm absorbs the constant into its mean.
     A padded convolution sees a constant differently at the border, so there the channel stays. Outputs agree up to the
-    rounding of float32. A branch that ends in a zero BatchNorm is removed whole; elsewhere each convolution keeps one
-    channel or more. The state is on the CPU.
+    rounding of float32. Branches that are not plain stay as they are. A branch that ends in a zero BatchNorm is removed
+    whole; elsewhere each convolution keeps one channel or more. The state is on the CPU.
     """
-    state = {name: value.cpu() for name, value in unmasked_state(model).items()}
-    found = branches(model)
+    state = unmasked_state(model, "cpu")
+    found = [branch for branch in branches(model) if branch.plain]
     before = {name: len(state[f"{name}.weight"]) for branch in found for name in branch.convs[:-1]}
     for branch in found:
         if branch.residual and not any(state[f"{branch.norms[-1]}.{part}"].any() for part in ("weight", "bias")):
@@ -128,6 +216,11 @@ def thin(model: nn.Module) -> Thin:
     widths = {name: len(state.get(f"{name}.weight", ())) for name in before}
     dead = sum(int(_silent(state[f"{name}.weight"]).sum()) for name, count in widths.items() if count)
     return Thin(state, widths, sum(before.values()) - sum(widths.values()), dead)
+
+
+def dead_filters(model: nn.Module) -> int:
+    """The number of filters of inner convolutions of `model`, masked or not, that are zero."""
+    return sum(int(_silent(effective_weight(model.get_submodule(name))).sum()) for name in inner_convs(model))
 
 
 def _shrink(state: dict[str, Tensor], branch: Branch, model: nn.Module) -> bool:
@@ -169,13 +262,3 @@ def _constant(state: dict[str, Tensor], conv: str, norm: str, eps: float) -> Ten
 def _only_user(node: fx.Node | None) -> fx.Node | None:
     """The node that alone reads the output of `node`."""
     return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
-
-
-def _reader(norm: fx.Node | None, modules: dict[fx.Node, nn.Module]) -> fx.Node | None:
-    """The layer that alone reads a BatchNorm, through a ReLU, in the same block."""
-    relu = _only_user(norm)
-    reader = _only_user(relu)
-    if reader not in modules or not (isinstance(modules[relu], nn.ReLU) if relu in modules else relu.target in RELUS):
-        return None
-    # A stem that only one shortcut reads is no part of that block: the network could not be built thin.
-    return reader if reader.target.rpartition(".")[0] == norm.target.rpartition(".")[0] else None

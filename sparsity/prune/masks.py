@@ -3,10 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from sparsity.networks.layers import Layer
+from sparsity.networks.layers import Layer, twins
 
 
 def prune_l1_uniform(layers: dict[str, Layer], sparsity: float) -> None:
@@ -31,6 +31,14 @@ def apply_masks(layers: dict[str, Layer], masks: dict[str, Tensor]) -> None:
     _refuse_masked(layers)
     for name, layer in layers.items():
         prune.custom_from_mask(layer, "weight", masks[name].to(layer.weight.device))
+
+
+def mask_twins(model: nn.Module, layers: dict[str, Layer]) -> None:
+    """Mask, in place, each layer of `model` that has its weight with one of `layers`, which are masked, as that one."""
+    for name, others in twins(model).items():
+        if name in layers:
+            same = {other: model.get_submodule(other) for other in others}
+            apply_masks(same, dict.fromkeys(others, layers[name].weight_mask))
 
 
 def _refuse_masked(layers: dict[str, Layer]) -> None:

@@ -11,7 +11,7 @@ from sparsity.networks.layers import unmasked_state
 from sparsity.prune.allocation import Allocator
 from sparsity.prune.criteria import FILTER_CRITERIA, SQUARED, Evidence, score
 from sparsity.prune.filters import inner_convs, mask_filters
-from sparsity.prune.masks import apply_masks, prune_l1_uniform
+from sparsity.prune.masks import apply_masks, mask_twins, prune_l1_uniform
 from sparsity.system.methods import ONE_LAYER, Curve
 
 
@@ -53,9 +53,11 @@ class Pruner:
         if (curve.criterion, allocation) == ("l1", "uniform") and on_cpu:
             # As the study does. A GPU sorts once for all levels; of equal magnitudes it may mask others than `topk`.
             prune_l1_uniform(layers, level / 100)
+            mask_twins(model, layers)
             return model, []
         masks, swapped = self._allocate(curve).masks(level / 100)
         apply_masks(layers, masks)
+        mask_twins(model, layers)
         return model, [*self._notes, *_swap_notes(swapped, "weight")]
 
     def _prune_filters(self, curve: Curve, level: float) -> tuple[nn.Module, list[str]]:

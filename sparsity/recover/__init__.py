@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import fx, nn
+from torch import nn
 
 from sparsity.data.calibration import Calibration
 from sparsity.networks.inference import inference_copy
 from sparsity.recover.batchnorm import reestimate_batchnorm
 from sparsity.recover.distill import Distillation, distill
 from sparsity.recover.finetune import Finetuning, finetune
-from sparsity.recover.reconstruction import reconstruct, stream_copy
+from sparsity.recover.reconstruction import reconstruct
+from sparsity.recover.streams import stream_copy
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,24 @@ class Means:
     distillation: Distillation | None = None
 
     @cached_property
-    def copy(self) -> fx.GraphModule:
+    def copy(self) -> nn.Module:
         """An unfolded inference copy that a recovery may overwrite; made once for all levels."""
         return inference_copy(self.dense, self.calibration.dtype, fold=False)
 
     @cached_property
-    def streams(self) -> list[fx.GraphModule]:
+    def streams(self) -> list[nn.Module]:
         """Two unfolded inference copies, for `reconstruct`; made once for all levels."""
         return [stream_copy(self.dense, self.calibration.dtype) for _ in range(2)]
 
     @cached_property
-    def teacher(self) -> fx.GraphModule:
+    def teacher(self) -> nn.Module:
         """The dense network as an inference copy, for `distill`; made once for all levels."""
         return inference_copy(self.dense, self.distillation.dtype)
 
 
 def _batchnorm(model: nn.Module, means: Means, seed: int) -> list[str]:
-    reestimate_batchnorm(model, means.calibration, means.copy)
-    return []
+    found = reestimate_batchnorm(model, means.calibration, means.copy)
+    return [] if found else ["no BatchNorm to re-estimate"]
 
 
 def _reconstruction(model: nn.Module, means: Means, seed: int) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sparsity.data.calibration import Augmentation, Calibration
 from sparsity.networks.inference import refresh
@@ -13,23 +13,28 @@ Statistics = dict[str, tuple[Tensor, Tensor]]  # name of a BatchNorm -> mean and
 
 
 @torch.no_grad()
-def reestimate_batchnorm(model: nn.Module, calibration: Calibration, copy: fx.GraphModule) -> None:
+def reestimate_batchnorm(model: nn.Module, calibration: Calibration, copy: nn.Module) -> int:
     """Replace, in place, the running statistics of every BatchNorm of `model` by those of the calibration images.
 
     Pruning changes the inputs of each BatchNorm, whose statistics are still those of the dense network; the new ones
     are `batch_statistics`. `copy` is an unfolded inference copy of the same structure, which is overwritten. Weights
     and masks stay as they are.
-    (As in G. Yang et al., arXiv 1903.12174, and as OBC does after pruning, arXiv 2208.11580.)
+    (As in G. Yang et al., arXiv 1903.12174, and as OBC does after pruning, arXiv 2208.11580.) Returns how many there
+    are that keep such statistics.
     """
+    if not _with_statistics(copy):
+        return 0
     refresh(copy, model)
-    for name, (mean, variance) in batch_statistics(copy, calibration).items():
+    statistics = batch_statistics(copy, calibration)
+    for name, (mean, variance) in statistics.items():
         layer = model.get_submodule(name)
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(variance)
+    return len(statistics)
 
 
 @torch.no_grad()
-def batch_statistics(network: fx.GraphModule, calibration: Calibration) -> Statistics:
+def batch_statistics(network: nn.Module, calibration: Calibration) -> Statistics:
     """The statistics of the calibration images at each BatchNorm of `network`, an unfolded inference copy.
 
     They are the averages of the batches' means and unbiased variances, each batch weighed by its images; as in
@@ -53,7 +58,7 @@ def batch_statistics(network: fx.GraphModule, calibration: Calibration) -> Stati
     return averages
 
 
-def augmentation_distances(network: fx.GraphModule, calibrations: Iterable[Calibration]) -> dict[Augmentation, float]:
+def augmentation_distances(network: nn.Module, calibrations: Iterable[Calibration]) -> dict[Augmentation, float]:
     """Augmentation -> how far the statistics of images augmented that way are from the running ones of `network`.
 
     The augmentation of its training, or one that no statistic tells from it, is nearest; no label is read. Each of

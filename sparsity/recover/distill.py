@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sparsity.data.calibration import Augmentation, augmented_batches
 from sparsity.data.images import Split, batch_bounds
@@ -32,9 +32,7 @@ class Distillation:
     dtype: torch.dtype
 
 
-def distill(
-    model: nn.Module, teacher: fx.GraphModule, layers: dict[str, Layer], recipe: Distillation, seed: int
-) -> None:
+def distill(model: nn.Module, teacher: nn.Module, layers: dict[str, Layer], recipe: Distillation, seed: int) -> None:
     """Train the masked `model` in place towards the class probabilities that `teacher` gives to the same images.
 
     `teacher` is an inference copy of the dense network in the recipe's `dtype`. The loss is the cross-entropy between
@@ -62,7 +60,7 @@ def distill(
     model.eval()
 
 
-def _targets(teacher: fx.GraphModule, recipe: Distillation, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _targets(teacher: nn.Module, recipe: Distillation, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of an epoch: images [B, C, H, W] and the teacher's class probabilities [B, classes], float32."""
     for images, _ in augmented_batches(recipe.images, recipe.augmentation, BATCH_SIZE, seed, epoch):
         with torch.no_grad():

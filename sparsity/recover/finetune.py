@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparsity.data.images import SHIFT, Split, training_batches
-from sparsity.networks.layers import BatchNorm, Layer, memory_format
+from sparsity.networks.layers import BatchNorm, InAttention, Layer, memory_format
 from sparsity.system.errors import UserError
 from sparsity.training.epoch import train_one_epoch
 from sparsity.training.optimizer import make_optimizer, make_schedule
@@ -56,6 +56,7 @@ def mask_enforcer(model: nn.Module, layers: dict[str, Layer]) -> Callable[[], No
     These are the BatchNorm channels of `model` whose weight and bias are both zero now. It is called once here.
     """
     masked = [layer for layer in layers.values() if hasattr(layer, "weight_mask")]
+    inside = [layer for layer in masked if isinstance(layer, InAttention)]  # which reads `weight` past torch's hook
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     removed = [(norm, (norm.weight == 0) & (norm.bias == 0)) for norm in norms if norm.affine]
     removed = [(norm, channels) for norm, channels in removed if channels.any()]
@@ -64,6 +65,9 @@ def mask_enforcer(model: nn.Module, layers: dict[str, Layer]) -> Callable[[], No
     def enforce_masks() -> None:
         for layer in masked:
             layer.weight_orig.mul_(layer.weight_mask)
+        for layer in inside:
+            with torch.enable_grad():
+                layer.weight = layer.weight_orig * layer.weight_mask
         for norm, channels in removed:
             norm.weight.masked_fill_(channels, 0)
             norm.bias.masked_fill_(channels, 0)

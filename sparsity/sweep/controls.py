@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsity.data.images import normalise
+from sparsity.networks.census import census
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import evaluate
 from sparsity.networks.families import argument_words, load_control, short_name
-from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import census, positions_per_image, prunable_layers
+from sparsity.networks.inference import choose_way, inference_copy
+from sparsity.networks.layers import positions_per_image, prunable_layers
 from sparsity.results.rows import Row, read_rows, write_rows
 from sparsity.sweep.export import Exporter
 from sparsity.sweep.inputs import distinct_names
-from sparsity.sweep.level import Evaluator, PrunedNetwork
+from sparsity.sweep.level import SAMPLE, Evaluator, PrunedNetwork
 from sparsity.sweep.timing import Timer
 from sparsity.system.errors import UserError, one_line
 from sparsity.system.methods import Curve
@@ -92,6 +94,7 @@ def _evaluate(evaluator: Evaluator, control: PrunedNetwork) -> Row:
     sweep, test, model = evaluator.sweep, evaluator.test, control.model
     example = torch.zeros(1, *test.images.shape[1:])
     layers, positions = prunable_layers(model, example), positions_per_image(model, example)
+    choose_way(model, normalise(test.images[:SAMPLE].cpu(), test.mean, test.std))
     inference = inference_copy(model.to(test.images.device), next(evaluator.inference.parameters()).dtype)
     result = evaluate(inference, test, evaluator.batch_size)
     main = next(iter(sweep.header["checkpoints"]))

@@ -12,9 +12,9 @@ from sparsity.networks.checkpoint import save, save_packed, save_safetensors
 from sparsity.networks.evaluation import Evaluation, evaluate
 from sparsity.networks.families import build_empty, load_network, takes_widths
 from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import unmasked_state
-from sparsity.networks.packed import entropy_bits, stored
-from sparsity.prune.filters import Thin, thin
+from sparsity.networks.layers import Way, set_way, unmasked_state, way_of
+from sparsity.networks.packed import entropy_bits, share, stored
+from sparsity.prune.filters import Thin, dead_filters, thin
 from sparsity.results.rows import Row
 from sparsity.results.store import Sweep
 from sparsity.sweep.flags import EXPORT_BITS, EXPORT_FORMATS
@@ -32,15 +32,18 @@ def thin_network(model: nn.Module, spec: dict[str, Any]) -> tuple[nn.Module, dic
     It is on the CPU, in eval mode; with its description, made from `spec` of `model`, and the counts of channels.
     Networks that are not built with fewer filters (`takes_widths`) keep all.
     """
-    found = thin(model)
-    if found.removed and not takes_widths(spec):
-        whole = {name: value.cpu() for name, value in unmasked_state(model).items()}
-        found = Thin(whole, {}, 0, found.removed + found.dead)
+    found = thin(model) if takes_widths(spec) else Thin(unmasked_state(model, "cpu"), {}, 0, dead_filters(model))
     if found.removed:
         spec = spec | {"widths": spec.get("widths", {}) | found.widths}
+    return _build(spec, found.state, way_of(model)), spec, found
+
+
+def _build(spec: dict[str, Any], state: dict[str, Tensor], way: Way) -> nn.Module:
+    """The network of a description and a state dict, on the CPU, in eval mode."""
     network = build_empty(spec)
-    network.load_state_dict(found.state, assign=True)
-    return network.eval(), spec, found
+    network.load_state_dict(state, assign=takes_widths(spec))  # the others are not empty, and may share weights
+    set_way(network, way)
+    return network.eval()
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class ExportFiles:
             return
         net = stored(content["net"], self.precision)
         if self.precision == "bf16":
-            net = {name: value.bfloat16() if value.is_floating_point() else value for name, value in net.items()}
+            net = share(net, lambda _, value: value.bfloat16() if value.is_floating_point() else value)
         write = save_safetensors if self.form == "safetensors" else save
         write(path, content | {"net": net})
 
@@ -123,7 +126,7 @@ class Exporter:
         if counts and not pruned.curve.prunes_filters and (counts.removed or counts.dead):
             notes.append(f"dead channels: {counts.removed} removed from the file, {counts.dead} stay")
         if self.files.precision != "fp32" or (counts and counts.removed):
-            again = self._evaluate(kept, spec)
+            again = self._evaluate(_build(spec, kept, way_of(pruned.model)))
             accuracy = round(again.accuracy, 6)
             differing = int((again.predictions != result.predictions).sum())
             notes.append(f"file {accuracy:.2f} %, {differing} predictions differ")
@@ -142,13 +145,11 @@ class Exporter:
             network, spec, counts = thin_network(pruned.model, pruned.saved.model)
             return network.state_dict(), spec, counts
         # A file with zeros is for code that knows the usual widths alone.
-        return {name: value.cpu() for name, value in unmasked_state(pruned.model).items()}, pruned.saved.model, None
+        return unmasked_state(pruned.model, "cpu"), pruned.saved.model, None
 
-    def _evaluate(self, state: dict[str, Tensor], spec: dict[str, Any]) -> Evaluation:
+    def _evaluate(self, network: nn.Module) -> Evaluation:
         """The answers of the network in a file on the test images."""
-        network = build_empty(spec)
-        network.load_state_dict(state, assign=True)
-        inference = inference_copy(network.eval().to(self.test.images.device), self.dtype)
+        inference = inference_copy(network.to(self.test.images.device), self.dtype)
         return evaluate(inference, self.test, self.batch_size)
 
     def _entry(self, path: Path, row: Row) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def _add_pruning_flags(add: Callable[..., Any]) -> None:
     text = "nine standard curves; reconstruction at 60, 80, 90, 95 %% whatever the --levels (off)"
     add("--compare", action="store_true", help=text)
     add("--sensitivity", action="store_true", help="prune one layer at a time and map the accuracy lost (off)")
+    text = "no sweep: a table of the layers, what can be done with the network, and how long a sweep takes (off)"
+    add("--describe", action="store_true", help=text)
 
 
 def _add_recovery_flags(add: Callable[..., Any]) -> None:
@@ -183,6 +185,8 @@ def clash(args: argparse.Namespace, given: set[str]) -> str | None:
          "--sensitivity prunes one layer at a time; leave out --export and --measure"),
         (args.sensitivity and args.controls,
          "--sensitivity draws no controls; leave out --controls"),
+        (args.describe and (export or args.measure or args.controls or args.restart),
+         "--describe writes nothing; leave out --export, --measure, --controls and --restart"),
         (idle,
          f"--{''.join(idle[:1])} has no effect without --recover {''.join(idle[:1]).split('_')[0]}"),
         (filters and weights,

@@ -9,9 +9,9 @@ from sparsity.data.sources import Source
 from sparsity.networks.families import file_word, short_name
 from sparsity.sweep.flags import CALIBRATION_IMAGES
 from sparsity.sweep.inputs import Inputs, recorded_augmentation
-from sparsity.sweep.work import Panel
 from sparsity.system.flags import level_text
 from sparsity.system.machine import describe_machine, versions
+from sparsity.system.methods import Panel
 
 
 def output_name(name: str | None, source: Source, spec: dict) -> str:

@@ -19,11 +19,11 @@ from sparsity.networks.outputs import require_logits
 from sparsity.recover.batchnorm import augmentation_distances
 from sparsity.recover.finetune import rewound_rates
 from sparsity.sweep.flags import CALIBRATION_IMAGES
-from sparsity.sweep.work import Panel
 from sparsity.system import processes
 from sparsity.system.errors import UserError
 from sparsity.system.flags import DATASETS
 from sparsity.system.machine import DTYPES
+from sparsity.system.methods import Panel
 
 # Settings of a training that checkpoints of one experiment, which differ in their seeds, have in common.
 RECIPE = (

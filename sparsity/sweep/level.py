@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import fx, nn
+from torch import nn
 from tqdm import tqdm
 
 from sparsity.data.images import Split, normalise
+from sparsity.networks.census import census, zeros_by_layer
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import Evaluation, evaluate, evaluate_shared
 from sparsity.networks.inference import refresh
-from sparsity.networks.layers import census, zeros_by_layer
+from sparsity.networks.layers import way_of
 from sparsity.networks.sparse import SparseNetwork, sparse_network
 from sparsity.results.rows import MEASURED, SPARSE_NOTE, Row, accuracy_columns, comparison_columns, curve_name, row_key
 from sparsity.results.store import Sweep
@@ -20,7 +21,8 @@ from sparsity.system.errors import UserError
 from sparsity.system.flags import level_text
 from sparsity.system.methods import Curve
 
-SAMPLE = 8  # images that sparse kernels are compared with dense ones on
+SAMPLE = 8  # images on which outputs are compared: of sparse kernels with dense ones, of copies with their network
+UNTRACED_NOTE = "not traced, nothing folded"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Evaluator:
     """
 
     sweep: Sweep
-    inference: fx.GraphModule
+    inference: nn.Module
     fast: nn.Module | None
     test: Split
     positions: dict[str, int]
@@ -135,6 +137,8 @@ class Evaluator:
         notes, empty = list(pruned.notes), sum(zeros[name] == layer.weight.numel() for name, layer in prunable.items())
         if empty and pruned.level < 100:
             notes.append(f"{empty} layer{'s' * (empty > 1)} without weights")
+        if not way_of(pruned.model).traced:
+            notes.append(UNTRACED_NOTE)
         before = sweep.rows.get(pruned.key)  # its measurements are kept when it is evaluated again for another one
         row = Row(
             pruned.checkpoint,

@@ -11,6 +11,7 @@ from sparsity.data.images import Split
 from sparsity.networks import checkpoint
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.families import load_network
+from sparsity.networks.layers import set_way, way_of
 from sparsity.prune.pruner import Pruner
 from sparsity.recover import Means
 from sparsity.recover.distill import Distillation
@@ -60,6 +61,7 @@ class Networks:
         saved, dense = load_network(path, self.given.saved.model)
         if saved.sha256 != entry["sha256"]:
             raise UserError(f"{path} was replaced while it was being swept; start again")
+        set_way(dense, way_of(self.given.dense))
         saved = replace(saved, data=self.given.saved.data)  # what exported files tell of the images
         args, dtype = self.args, DTYPES[self.args.precision]
         tuning = distillation = None

@@ -1,6 +1,7 @@
 """Latency, throughput and peak memory of inference, each network in a fresh process: the columns of `--measure`."""
 
 import json
+import pickle
 import re
 import signal
 import statistics
@@ -24,7 +25,7 @@ from sparsity.results.rows import TIMED, Row
 from sparsity.results.store import Sweep
 from sparsity.sweep.export import thin_network
 from sparsity.sweep.level import PrunedNetwork
-from sparsity.system.errors import UserError
+from sparsity.system.errors import UserError, one_line
 from sparsity.system.machine import make_deterministic
 
 BATCHES = (1, 128)  # images: of latency, of throughput
@@ -34,7 +35,7 @@ Figures = dict[str, float | None]  # the columns of TIMED, and base_memory_mb
 
 
 def time_inference(
-    inference: fx.GraphModule, reference: fx.GraphModule | None, image_size: int, engine: str, compiling: bool
+    inference: nn.Module, reference: nn.Module | None, image_size: int, engine: str, compiling: bool
 ) -> Figures:
     """Time an inference copy in a fresh process, on noise [B, 3, S, S], in turns with a `reference` of its precision.
 
@@ -42,14 +43,18 @@ def time_inference(
     Device, threads and determinism are those of this process. Figures: milliseconds of one image, images a second in
     large batches, their peak memory in MB (10^6 bytes; of the whole process on a CPU, `base_memory_mb` of which it took
     before there was a network; of all that torch allocated on a GPU), and the speed-up over the reference, None without
-    one. Raises UserError when the process fails or dies.
+    one. Raises UserError when the process fails or dies, and where the network cannot be handed to it.
     """
     state = (next(inference.parameters()).device, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
     with TemporaryDirectory() as name:
         folder = Path(name)
-        torch.save(inference, folder / "network.pt")
-        if reference is not None:
-            torch.save(reference, folder / "reference.pt")
+        try:
+            torch.save(inference, folder / "network.pt")
+            if reference is not None:
+                torch.save(reference, folder / "reference.pt")
+        except (pickle.PicklingError, AttributeError, TypeError) as error:  # a class that only this process knows
+            why = one_line(error)[:160]
+            raise UserError(f"the network cannot be timed in a fresh process ({why}); leave --measure out") from error
         child = _start(folder, image_size, engine, compiling, *state)
         try:
             child.join()
@@ -199,7 +204,7 @@ class Timer:
         speed = time_inference(inference, self.dense, self.image_size, engine, self.compiling)
         return {column: speed[column] for column in TIMED}
 
-    def copy(self, model: nn.Module) -> fx.GraphModule:
+    def copy(self, model: nn.Module) -> nn.Module:
         """An inference copy of `model` in the precision and on the device of the sweep; `model` is moved there."""
         weight = next(self.inference.parameters())
         return inference_copy(model.to(weight.device), weight.dtype)

@@ -6,15 +6,15 @@ import time
 from datetime import timedelta
 
 import torch
+from torch import nn
 
+from sparsity.data.images import Split
 from sparsity.networks.evaluation import evaluate
 from sparsity.results.store import Sweep
 from sparsity.sweep.level import Evaluator
 from sparsity.system import processes
 from sparsity.system.errors import UserError
-from sparsity.system.methods import FILTER_CRITERIA, ONE_LAYER, RECOVERIES, Curve
-
-Panel = dict[Curve, list[float]]  # levels in percent, ascending
+from sparsity.system.methods import FILTER_CRITERIA, ONE_LAYER, RECOVERIES, Curve, Panel
 
 RECONSTRUCTED_LEVELS = [60.0, 80.0, 90.0, 95.0]
 
@@ -22,8 +22,10 @@ RECONSTRUCTED_LEVELS = [60.0, 80.0, 90.0, 95.0]
 def choose_panel(args: argparse.Namespace, layers: list[str], inner: list[str]) -> Panel:
     """The curves that the flags ask for, with their levels; `inner` are the layers whose filters may be removed.
 
-    Raises UserError when filters are to be removed of a network that has no such layer.
+    Raises UserError where there are no layers, or no filters of a curve that removes them.
     """
+    if not layers:
+        raise UserError("the network has no layer that can be pruned: its output layer stays dense")
     if args.compare:  # magnitude in three allocations and the random control, and their recoveries
         pairs = [("l1", "uniform"), ("l1", "global"), ("l1", "lamp"), ("random", "uniform")]
         panel = {Curve(*pair, recovery): args.levels for pair in pairs for recovery in ("none", "batchnorm")}
@@ -86,6 +88,15 @@ def level_costs(
     return costs
 
 
+def images_per_second(network: nn.Module, test: Split, batch_size: int) -> float:
+    """The speed of evaluating `network`, on the first few batches, after a warm-up."""
+    few = test.take(torch.arange(min(len(test), 4 * batch_size)))
+    evaluate(network, few, batch_size)
+    started = time.perf_counter()
+    evaluate(network, few, batch_size)
+    return len(few) / (time.perf_counter() - started)
+
+
 def announce(evaluator: Evaluator, missing: dict[str, Panel]) -> None:
     """Say how many rows are kept, and how long evaluating the missing networks takes; set the length of the bar.
 
@@ -99,11 +110,7 @@ def announce(evaluator: Evaluator, missing: dict[str, Panel]) -> None:
         networks += sum(not sweep.has(name, curve, level) for curve, levels in panel.items() for level in levels)
     evaluator.bar.reset(networks * len(test) // processes.size())
     if networks:
-        few = test.take(torch.arange(min(len(test), 4 * batch_size)))
-        evaluate(evaluator.network, few, batch_size)  # warm-up
-        started = time.perf_counter()
-        evaluate(evaluator.network, few, batch_size)
-        rate = len(few) / (time.perf_counter() - started)
+        rate = images_per_second(evaluator.network, test, batch_size)
         seconds = timedelta(seconds=round(networks * len(test) / rate / processes.size()))
         shared = f" in {processes.size()} processes" if processes.size() > 1 else ""
         recovered = any(curve.recover != "none" for panel in missing.values() for curve in panel)

@@ -40,3 +40,6 @@ class Curve(NamedTuple):
     def distills(self) -> bool:
         """Whether its recovery trains on training images without their labels."""
         return self.recover == "distill"
+
+
+Panel = dict[Curve, list[float]]  # curves of a sweep with their levels in percent, ascending

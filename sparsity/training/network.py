@@ -8,9 +8,11 @@ from torch import nn
 
 from sparsity.networks import families
 from sparsity.networks.checkpoint import Checkpoint
+from sparsity.networks.inference import choose_way, precision_problem
 from sparsity.networks.layers import memory_format
 from sparsity.networks.outputs import require_logits, training_problem
 from sparsity.system.errors import UserError
+from sparsity.system.machine import DTYPES
 
 
 def build_network(
@@ -32,7 +34,19 @@ def build_network(
     require_logits(model, args.arch, args.image_size, num_classes)
     if not state:
         require_trainable(args, model)
+    choose_how_to_test(args, model)
     return model.to(device, memory_format=memory_format(model)), spec
+
+
+def choose_how_to_test(args: Namespace, model: nn.Module) -> None:
+    """Choose how copies of `model` are made for testing it; may set --precision to fp32, which is printed."""
+    noise = torch.randn(2, 3, args.image_size, args.image_size, generator=torch.Generator())
+    way = choose_way(model, noise)
+    if not way.traced:
+        print(f"torch.fx cannot stand in for {args.arch}, which is tested as it is ({way.reason})")
+    if problem := args.precision != "fp32" and precision_problem(model, noise, DTYPES[args.precision]):
+        print(f"{args.arch} does not run in {args.precision} ({problem}): all is computed in fp32")
+        args.precision = "fp32"
 
 
 def require_trainable(args: Namespace, model: nn.Module) -> None:

@@ -27,9 +27,10 @@ from sparsity.data.calibration import draw_calibration
 from sparsity.data.images import CIFAR10_STATISTICS, Split
 from sparsity.data.sources import Source, load_split
 from sparsity.networks import families
+from sparsity.networks.census import zeros_by_layer
 from sparsity.networks.evaluation import default_batch_size, evaluate
 from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import prunable_layers, zeros_by_layer
+from sparsity.networks.layers import prunable_layers
 from sparsity.prune.pruner import Pruner
 from sparsity.recover import RECOVERIES, Means, reconstruction
 from sparsity.system import machine

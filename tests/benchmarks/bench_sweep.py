@@ -40,10 +40,11 @@ from timing import (
 )
 
 from sparsity.data.images import CIFAR10_STATISTICS, Split, normalise
+from sparsity.networks.census import census, zeros_by_layer
 from sparsity.networks.evaluation import default_batch_size, evaluate
 from sparsity.networks.families import load_network
 from sparsity.networks.inference import compiled, inference_copy, refresh
-from sparsity.networks.layers import census, positions_per_image, prunable_layers, zeros_by_layer
+from sparsity.networks.layers import positions_per_image, prunable_layers
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner
 from sparsity.system.machine import DTYPES, describe_machine, resolve_precision

@@ -7,14 +7,13 @@ import torch
 from torch import nn
 
 import Build_Resnet
+from sparsity.networks.census import census, zeros_by_layer
 from sparsity.networks.layers import (
-    census,
     effective_weight,
     exclude,
     positions_per_image,
     prunable_layers,
     unmasked_state,
-    zeros_by_layer,
 )
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.system.errors import UserError

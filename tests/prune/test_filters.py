@@ -53,14 +53,14 @@ def apart(first, second):
 
 
 class Shared(nn.Module):
-    """A convolution read twice, one that runs twice, a grouped one, one under a `relu` that is none: all must stay."""
+    """A convolution read twice, one that runs twice, a grouped one, one under a sigmoid: all must stay."""
 
     def __init__(self):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
         self.twice, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.grouped, self.bn3 = nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4)
-        self.last, self.bn4, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.SiLU()
+        self.last, self.bn4, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Sigmoid()
         self.end = nn.Conv2d(4, 4, 1)
 
     def forward(self, x):
@@ -144,6 +144,48 @@ def test_dead_channels_go_where_outputs_stay_the_same(arch, level):
     assert apart(model, rebuilt(spec_of(arch), found)) <= 1e-4
     assert level == 90 or (found.removed > 0) == (level > 90)
     assert min(found.widths.values()) >= 1
+
+
+class Inverted(nn.Module):
+    """An inverted residual block as of MobileNet, its activations no ReLU, and a branch over pooling before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Hardswish(), nn.MaxPool2d(2))
+        self.next = nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8))
+        expand = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.SiLU())
+        depth = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.BatchNorm2d(24), nn.ReLU6())
+        self.block = nn.Sequential(expand, depth, nn.Conv2d(24, 8, 1), nn.BatchNorm2d(8))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.next(self.stem(x))
+        return self.fc((x + self.block(x)).mean(dim=(2, 3)))
+
+
+def test_depthwise_convolutions_go_along_and_removed_channels_are_silent():
+    torch.manual_seed(0)
+    dense = awaken(Inverted())
+    assert inner_convs(dense) == ["stem.0", "block.0.0"] and not any(branch.plain for branch in branches(dense))
+    model, keep, more = pruned(dense, 50)
+    assert more == 0 and thin(model).removed == 0  # no ReLU: it stays whole
+    gone = ~keep["block.0.0"]
+    assert int(gone.sum()) == 12
+    seen = {}
+    for name in ("block.0.2", "block.1.2"):
+        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: seen.update({name: output}))
+    with torch.no_grad():
+        expected = model(torch.randn(2, 3, 16, 16))
+    assert expected.isfinite().all()
+    for output in seen.values():
+        assert not output[:, gone].any() and output[:, ~gone].any()
+    state = unmasked_state(model)
+    assert not state["block.1.0.weight"][gone].any() and not state["block.2.weight"][:, gone].any()
+    model, _, more = pruned(dense, 100)  # the block is its shortcut
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        through = model.next(model.stem(images))
+        torch.testing.assert_close(model(images), model.fc(through.mean(dim=(2, 3))))
 
 
 def sequence(width, padding):

@@ -7,7 +7,8 @@ import torch
 from helpers import bits, same_bits
 from torch.nn.utils import prune
 
-from sparsity.networks.layers import census, positions_per_image, prunable_layers, zeros_by_layer
+from sparsity.networks.census import census, zeros_by_layer
+from sparsity.networks.layers import positions_per_image, prunable_layers
 from sparsity.prune.allocation import Allocator
 from sparsity.prune.masks import apply_masks, prune_l1_uniform
 

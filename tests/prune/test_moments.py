@@ -11,8 +11,10 @@ from sparsity.prune.moments import (
     as_weight,
     draw_positions,
     exact_products,
+    groups_of,
     input_moments,
     input_rows,
+    spread,
     symmetric,
     weight_rows,
 )
@@ -24,26 +26,45 @@ LAYERS = [
     (nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(0, 1), dilation=(2, 1)), (2, 9, 8)),
     (nn.Linear(6, 4), (6,)),
     (nn.Linear(6, 4), (5, 6)),
+    (nn.Linear(6, 4), (5, 2, 6)),
+    (nn.Conv2d(6, 4, 3, padding=1, groups=2), (6, 7, 5)),
+    (nn.Conv2d(4, 8, (1, 3), stride=2, groups=4), (4, 7, 5)),
+    (nn.Conv2d(3, 4, 4, padding="same", padding_mode="reflect"), (3, 9, 7)),
+    (nn.Conv2d(3, 4, 3, padding=(0, 1), padding_mode="circular"), (3, 9, 7)),
+    (nn.Conv1d(6, 4, 3, padding=2, dilation=2, groups=2), (6, 11)),
 ]
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS)
 def test_unfolded_rows_times_the_weight_are_the_outputs_and_positions_are_among_them(layer, shape):
     inputs = torch.randn(4, *shape)
-    rows, weight = input_rows(layer, inputs), weight_rows(layer.weight)
-    outputs = layer(inputs).movedim(1, -1) if inputs.dim() == 4 else layer(inputs)
+    groups = groups_of(layer)
+    rows, weight = input_rows(layer, inputs), weight_rows(layer.weight, groups)
+    convolution = not isinstance(layer, nn.Linear)
+    outputs = layer(inputs).movedim(1, -1) if convolution else layer(inputs)
     expected = (outputs - layer.bias).flatten(0, -2)
-    torch.testing.assert_close(rows @ weight.T, expected, rtol=1e-4, atol=1e-5)
+    found = rows @ weight.mT if groups == 1 else (rows @ weight.mT).movedim(0, 1).flatten(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(as_weight(weight, layer.weight), layer.weight)
-    assert torch.equal(as_weight(weight[0], layer.weight), layer.weight[:1])
-    everything = rows.view(4, -1, rows.shape[1])
-    count = everything.shape[1]
+    assert torch.equal(spread(weight[..., 0, :], layer)[0], layer.weight[0])
+    everything = rows.unflatten(-2, (4, -1))
+    count = everything.shape[-2]
     positions = torch.stack([torch.randperm(count)[: max(1, count // 2)] for _ in range(4)])
-    expected = torch.cat([everything[image, positions[image]] for image in range(4)])
+    expected = torch.cat([everything[..., image, positions[image], :] for image in range(4)], dim=-2)
     assert torch.equal(input_rows(layer, inputs, positions), expected)
-    for refused in (nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")):
-        with pytest.raises(ValueError, match="ungrouped"):
-            input_rows(refused, torch.randn(1, 4, 5, 5))
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_whose_inputs_cannot_be_unfolded_are_refused():
+    attention = nn.MultiheadAttention(4, 2)
+    refused = [nn.ConvTranspose1d(4, 4, 3), nn.Conv3d(4, 4, 3), attention.out_proj, Scaled(4, 4, 3)]
+    for layer in refused:
+        with pytest.raises(ValueError, match=r"transposed|3-d|MultiheadAttention|of its own"):
+            input_rows(layer, torch.randn(1, 4, 5, 5))
 
 
 def test_positions_are_drawn_once_and_the_same_number_from_every_image(small_split):

@@ -13,8 +13,9 @@ import Build_Resnet
 import pruning
 from sparsity.data.calibration import Augmentation, draw_calibration
 from sparsity.data.images import normalise
+from sparsity.networks.census import zeros_by_layer
 from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import prunable_layers, zeros_by_layer
+from sparsity.networks.layers import prunable_layers
 from sparsity.prune.filters import thin
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner

@@ -11,7 +11,8 @@ from conftest import awaken
 
 import Build_Resnet
 from sparsity.data.images import normalise
-from sparsity.networks.layers import prunable_layers, zeros_by_layer
+from sparsity.networks.census import zeros_by_layer
+from sparsity.networks.layers import prunable_layers
 from sparsity.prune.filters import thin
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner

@@ -4,30 +4,29 @@ import copy
 import weakref
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SmallNet, awaken
 from helpers import same_bits
+from refits import Kinds, assert_best, normalised, positions_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import Build_Resnet
 from sparsity.data.calibration import Augmentation, Calibration, draw_calibration
-from sparsity.data.images import normalise
 from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import effective_weight, prunable_layers
+from sparsity.networks.layers import Way, effective_weight, prunable_layers, set_way
 from sparsity.prune.masks import prune_l1_uniform
-from sparsity.prune.moments import draw_positions, input_rows, weight_rows
 from sparsity.recover import RECOVERIES, Means
 from sparsity.recover.distill import Distillation
 from sparsity.recover.finetune import Finetuning
-from sparsity.recover.reconstruction import reconstruct, refit, stream_copy
+from sparsity.recover.reconstruction import reconstruct, refit
+from sparsity.recover.streams import stream_copy
 from sparsity.system import methods
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
-MODULE = "sparsity.recover.reconstruction."
+MODULE, STREAMS = "sparsity.recover.reconstruction.", "sparsity.recover.streams."
 
 
 @pytest.fixture
@@ -61,18 +60,6 @@ def weights_of(model):
     return {name: effective_weight(layer).detach().clone() for name, layer in prunable_layers(model, EXAMPLE).items()}
 
 
-@torch.no_grad()
-def input_of(model, name, images):
-    seen = []
-    with model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
-        model(images)
-    return seen[0]
-
-
-def normalised(calibration):
-    return normalise(calibration.images.images, calibration.images.mean, calibration.images.std)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recovery", [name for name, reads in methods.RECOVERIES.items() if reads])
 def test_zeros_stay_exactly_zero_and_the_dense_network_keeps_its_weights(resnet, calibration, recovery, dtype):
@@ -100,7 +87,7 @@ def test_zeros_stay_exactly_zero_and_the_dense_network_keeps_its_weights(resnet,
 @pytest.mark.parametrize("limit", [40 * 64, 40 * 5], ids=["all", "subset"])
 @pytest.mark.parametrize(("sparsity", "names"), [(0.3, None), (0.8, None), (0.6, ["down"])])
 def test_each_layer_is_the_damped_least_squares_fit_under_its_mask(small_net, calibration, limit, sparsity, names):
-    """End to end against `lstsq` in float64, row by row: the damping are rows that pull towards the masked weights.
+    """End to end; the damping are rows that pull towards the masked weights.
 
     A layer before the first pruned one is not refitted, an unpruned one behind it is.
     """
@@ -108,30 +95,25 @@ def test_each_layer_is_the_damped_least_squares_fit_under_its_mask(small_net, ca
     model, means = pruned(small_net, sparsity, names), means_of(small_net, calibration)
     masked = weights_of(model)
     rebuild(model, means)
-    numbers = {name: index for index, name in enumerate(node.target for node in means.streams[0].graph.nodes)}
     for name, weight in weights_of(model).items():
-        layer = small_net.get_submodule(name)
         assert torch.equal(weight, masked[name]) == (name == "stem" and names is not None)
-        # The positions are drawn for batches of 32.
-        chunks = [input_of(network, name, normalised(calibration)).split(32) for network in (model, small_net)]
-        positions = [draw_positions(layer, x, calibration, numbers[name], batch) for batch, x in enumerate(chunks[0])]
-        assert (positions[0] is None) == (limit > 1000 or name == "hidden")
-        rows, targets = (
-            torch.cat([input_rows(layer, x, places) for x, places in zip(parts, positions, strict=True)]).double()
-            for parts in chunks
-        )
-        targets = (targets @ weight_rows(layer.weight.detach()).double().T).numpy()
-        rows, count = rows.numpy(), len(rows)
-        pull = (0.01 * np.square(rows).mean()) ** 0.5 * np.eye(rows.shape[1])
-        stacked = np.concatenate([rows / count**0.5, pull])
-        for row, (old, new) in enumerate(zip(weight_rows(masked[name]), weight_rows(weight), strict=True)):
-            old, new = old.double().numpy(), new.double().numpy()
-            kept = old != 0
-            wanted = np.concatenate([targets[:, row] / count**0.5, pull @ old])
-            best, *_ = np.linalg.lstsq(stacked[:, kept], wanted, rcond=None)
-            errors = [np.square(stacked[:, kept] @ values - wanted).sum() for values in (best, new[kept], old[kept])]
-            assert errors[1] - errors[0] <= 1e-4 * (errors[2] - errors[0]) + 1e-9, (name, row)
-            assert not new[~kept].any()
+        assert_best(model, means, name, masked[name])
+        assert (positions_of(model, means, name)[0] is None) == (limit > 1000 or name == "hidden")
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("limit", [40 * 64, 40 * 5], ids=["all", "subset"])
+def test_groups_and_any_leading_dimensions_are_fitted_as_well_traced_or_not(calibration, limit, traced):
+    torch.manual_seed(0)
+    dense = awaken(Kinds())
+    set_way(dense, Way(traced=traced))
+    model, means = pruned(dense, 0.5), means_of(dense, replace(calibration, position_limit=limit))
+    masked = weights_of(model)
+    assert list(masked) == ["grouped", "depthwise", "pointwise", "windows", "tokens", "signal"]
+    assert rebuild(model, means) == []
+    for name, weight in masked.items():
+        assert not torch.equal(weight, effective_weight(model.get_submodule(name)))
+        assert_best(model, means, name, weight, 1e-3)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1 << 20), (torch.bfloat16, 40 * 8)])
@@ -165,7 +147,7 @@ def test_dead_inputs_and_rows_whose_error_did_not_fall_keep_the_masked_weights()
 def test_labels_and_activations_that_are_computed_again_change_nothing(resnet, calibration, monkeypatch):
     results = []
     for limit in (0, 30_000, 50_000, 70_000, 90_000, 150_000, 1 << 40):  # kept nowhere, at some layers, everywhere
-        monkeypatch.setattr(MODULE + "HELD_BYTES", limit)
+        monkeypatch.setattr(STREAMS + "HELD_BYTES", limit)
         model, labels = pruned(resnet, 0.7), calibration.images.labels.roll(limit % 40)
         rebuild(model, means_of(resnet, replace(calibration, images=replace(calibration.images, labels=labels))))
         results.append(weights_of(model))
@@ -173,7 +155,7 @@ def test_labels_and_activations_that_are_computed_again_change_nothing(resnet, c
 
 
 def test_normalised_images_are_held_within_the_bound_alone(small_net, small_split, monkeypatch):
-    monkeypatch.setattr(MODULE + "HELD_BYTES", 0)
+    monkeypatch.setattr(STREAMS + "HELD_BYTES", 0)
     means = means_of(small_net, Calibration(small_split.take(torch.arange(50).repeat(4))))  # 7 batches of 32
     batches, images, alive = Calibration.batches, [], []
 
@@ -229,7 +211,7 @@ def test_layers_run_as_soon_as_they_can_and_the_network_stays_the_same(resnet):
 
 
 class Odd(SmallNet):
-    """A layer that runs twice, and one that cannot be unfolded."""
+    """A layer that runs twice, and a grouped one."""
 
     def __init__(self):
         super().__init__()
@@ -242,20 +224,21 @@ class Odd(SmallNet):
         return self.result(self.hidden(F.pad(x, (0, -2))))
 
 
-def test_layers_that_run_twice_or_cannot_be_unfolded_are_left_and_told(calibration):
+def test_layers_that_run_twice_are_left_and_told(calibration):
     torch.manual_seed(0)
     dense = awaken(Odd())
     model = pruned(dense, 0.5)
     before = weights_of(model)
-    assert set(rebuild(model, means_of(dense, calibration))) == {"down was not refitted", "hidden was not refitted"}
-    assert {name for name, weight in weights_of(model).items() if not torch.equal(weight, before[name])} == {"stem"}
+    assert rebuild(model, means_of(dense, calibration)) == ["not refitted: hidden (runs 2 times)"]
+    changed = {name for name, weight in weights_of(model).items() if not torch.equal(weight, before[name])}
+    assert changed == {"stem", "down"}
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("limit", [1 << 20, 40 * 8])
 def test_a_gpu_refits_as_the_cpu_does(resnet, calibration, monkeypatch, limit):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(MODULE + "default_batch_size", lambda device: 20)  # the same positions
+    monkeypatch.setattr(STREAMS + "default_batch_size", lambda device: 20)  # the same positions
     outputs = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         there = replace(calibration, position_limit=limit, images=calibration.images.to(device))

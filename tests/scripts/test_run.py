@@ -92,7 +92,7 @@ def test_the_reference_recipe_is_a_plain_loop_to_the_bit(trained, image_folder):
 
 @pytest.mark.parametrize(("flags", "zero"), [(["--recipe", "strong"], True), ([], False), (["--zero_init"], True)])
 def test_residual_branches_start_at_zero_where_the_recipe_says_so(flags, zero):
-    args = parse_args(["--arch", "resnet18", "--width", "4", *flags])
+    args = parse_args(["--arch", "resnet18", "--width", "4", "--precision", "fp32", *flags])
     model, _ = run.build_network(args, 3, None, torch.device("cpu"))
     assert all(bool(block.bn2.weight.any()) != zero for block in model.layer3)
 

@@ -37,6 +37,14 @@ def test_a_network_is_timed_in_turns_with_another_and_its_memory_is_that_of_infe
     assert 0 < speed["latency_ms"] < 1000 and speed["speedup"] < 0.9
 
 
+def test_a_network_of_a_class_that_a_fresh_process_lacks_is_told():
+    class Own(nn.Linear):
+        pass
+
+    with pytest.raises(UserError, match=r"cannot be timed in a fresh process \(.*Own.*\); leave --measure out"):
+        time_inference(Own(3, 4), None, 8, "dense", False)
+
+
 def test_a_timed_network_is_the_one_that_is_evaluated(tmp_path):
     """A graph adds out of place after it was saved; the sparse engine would not know it."""
     network, images = copy_of(4), torch.randn(2, 3, 16, 16)

@@ -1,0 +1,201 @@
+"""`--describe`: a network layer by layer, and what can be done with it; nothing is pruned and no file written."""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sparsity.data.images import Split, normalise
+from sparsity.networks.evaluation import default_batch_size
+from sparsity.networks.inference import choose_way, inference_copy
+from sparsity.networks.layers import BatchNorm, Layer, exclude, positions_per_image, prunable_layers, unprunable
+from sparsity.prune.filters import inner_convs
+from sparsity.recover.reconstruction import not_refitted
+from sparsity.sweep import work
+from sparsity.sweep.flags import CALIBRATION_IMAGES
+from sparsity.sweep.inputs import Inputs, load_inputs
+from sparsity.sweep.prepare import prepare_inference
+from sparsity.system import processes
+from sparsity.system.machine import set_up_machine
+
+COMPARED = 32  # images that the folded network is compared on
+SHOWN = 2  # layers of a line that names some
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A weight of two or more dimensions: `macs` are its multiply-adds for an image.
+
+    `dense` says why it is not pruned, and is '' where it is prunable.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    macs: int
+    dense: str
+
+
+@dataclass(frozen=True)
+class Folding:
+    """The BatchNorm layers that are folded, of `all`, and how far the outputs then are from those of the network."""
+
+    folded: int
+    all: int
+    difference: float
+    largest: float
+    same_class: int
+    images: int
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Print the table of the layers of the first checkpoint, and what can be done with them."""
+    processes.join()
+    device = set_up_machine(args)
+    args.batch_size = args.batch_size or default_batch_size(device)
+    given = load_inputs(args)
+    table = layer_table(given.dense, given.example, args.exclude)
+    print(f"\n{table_text(table)}\n")
+    for line in ability_lines(given.dense.to(device), table, given.test.to(device)):
+        print(line)
+    print(time_line(args, given, prepare_inference(args, given), [entry.name for entry in table if not entry.dense]))
+    processes.leave()
+
+
+def layer_table(model: nn.Module, example: Tensor, patterns: list[str]) -> list[Entry]:
+    """The weights of two or more dimensions, in the order of `named_modules`; `patterns` are those of --exclude."""
+    positions, reasons = positions_per_image(model, example), unprunable(model, example)
+    kept, table = exclude(prunable_layers(model, example), patterns), []
+    for module_name, module in model.named_modules():
+        for name, weight in _matrices(module):
+            layer = module_name if name == "weight" else f"{module_name}.{name}".lstrip(".")
+            dense = "" if layer in kept else reasons.get(module_name, "excluded")
+            if not isinstance(module, Layer):
+                attention = isinstance(module, nn.MultiheadAttention)
+                dense = "inside MultiheadAttention" if attention else "neither convolution nor linear layer"
+            macs = positions.get(module_name, 0) * weight.numel() if name.endswith("weight") else 0
+            kind = _kind(module) if name == "weight" else f"parameter of {_kind(module)}"
+            table.append(Entry(layer, kind, tuple(weight.shape), weight.numel(), macs, dense))
+    return table
+
+
+def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each weight of two or more dimensions of a module itself; of a parametrized one as computed."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return
+    own = dict(module.named_parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        own |= {name: getattr(module, name) for name in module.parametrizations}
+    yield from ((name, value) for name, value in own.items() if value.dim() > 1)
+
+
+def _kind(module: nn.Module) -> str:
+    """The class of a module; of convolutions the groups as well."""
+    groups, kind = getattr(module, "groups", 1), type(module).__name__
+    if parametrize.is_parametrized(module):
+        kind = kind.removeprefix("Parametrized")
+    if not isinstance(groups, int) or groups == 1:
+        return kind
+    return f"{kind}, depthwise" if groups == getattr(module, "in_channels", 0) else f"{kind}, {groups} groups"
+
+
+def table_text(table: list[Entry]) -> str:
+    """The table as text, its numbers flush right."""
+    lines = [("layer", "kind", "shape", "weights", "multiply-adds", "prunable")]
+    for entry in table:
+        figures = f"{entry.weights:,}", f"{entry.macs:,}" if entry.macs else "-"
+        shape, prunable = "x".join(map(str, entry.shape)), f"no: {entry.dense}" if entry.dense else "yes"
+        lines.append((entry.name, entry.kind, shape, *figures, prunable))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:{'>' if 2 < index < 5 else '<'}{width}}" for index, (cell, width) in enumerate(cells)
+        ).rstrip()
+        for cells in (zip(line, widths, strict=True) for line in lines)
+    )
+
+
+def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator[str]:
+    """Sentences: prunable weights, tracing, folding, refits, filters."""
+    prunable = [entry for entry in table if not entry.dense]
+    parameters, weights = sum(each.numel() for each in model.parameters()), sum(entry.weights for entry in prunable)
+    yield f"prunable: {weights:,} of {parameters:,} parameters, in {len(prunable)} of {len(table)} layers"
+    if rest := _dense_rest(model):
+        yield f"dense besides: {rest}"
+    images = normalise(test.images[:COMPARED], test.mean, test.std, torch.float32)
+    way = choose_way(model, images)
+    yield f"traced by torch.fx: {'yes' if way.traced else f'no ({way.reason})'}"
+    yield _folding_line(folding(model, images))
+    names = [entry.name for entry in prunable]
+    left = not_refitted(model, names, images[:1])
+    refitted = f"refitted by reconstruction: {len(names) - len(left)} of {len(names)} prunable layers"
+    yield "; ".join([refitted, *(f"not {_few(left, reason)}: {reason}" for reason in dict.fromkeys(left.values()))])
+    filters = {name: model.get_submodule(name).out_channels for name in inner_convs(model)}
+    yield f"filters that can be removed: {sum(filters.values()):,}, in {len(filters)} convolutions"
+
+
+def _few(reasons: dict[str, str], reason: str) -> str:
+    """The first names with a reason, and how many more there are."""
+    names = [name for name, each in reasons.items() if each == reason]
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _dense_rest(model: nn.Module) -> str:
+    """The parameters of one dimension, by kinds of their modules, with their counts."""
+    counts: Counter[str] = Counter()
+    for module in model.modules():
+        bias = ".bias" if isinstance(module, Layer) else ""
+        for value in module.parameters(recurse=False):
+            if value.dim() < 2 and not isinstance(module, parametrize.ParametrizationList):
+                counts[_kind(module) + bias] += value.numel()
+    return ", ".join(f"{count:,} of {kind}" for kind, count in counts.items())
+
+
+@torch.inference_mode()
+def folding(model: nn.Module, images: Tensor) -> Folding:
+    """Fold a network, in float32, and compare its outputs on images."""
+    copy = inference_copy(model)
+    expected, found = model(images), copy(images)
+    every = sum(isinstance(module, BatchNorm) for module in model.modules())
+    return Folding(
+        folded=sum(name is not None for name in copy.folded.values()),
+        all=every,
+        difference=float((expected - found).abs().max()),
+        largest=float(expected.abs().max()),
+        same_class=int((expected.argmax(1) == found.argmax(1)).sum()),
+        images=len(images),
+    )
+
+
+def _folding_line(found: Folding) -> str:
+    same = "all" if found.same_class == found.images else f"{found.same_class}"
+    return (
+        f"folded: {found.folded} of {found.all} BatchNorm; on {found.images} test images logits of up to "
+        f"{found.largest:.3g} differ by at most {found.difference:.2g}, {same} predictions are the same"
+    )
+
+
+def time_line(args: argparse.Namespace, given: Inputs, inference: nn.Module, layers: list[str]) -> str:
+    """About how long the sweep of these flags takes, evaluated in `inference`, and what the estimate assumes."""
+    panel = work.choose_panel(args, layers, [name for name in inner_convs(given.dense) if name in layers])
+    test = given.test.to(torch.device(args.device))
+    rate = work.images_per_second(inference, test, args.batch_size)
+    calibrated = args.calibration_images or CALIBRATION_IMAGES
+    costs = {name: cost / rate for name, cost in work.level_costs(len(test), calibrated, 0, 0).items()}
+    seconds = costs["none"] + sum(costs[curve.recover] * len(levels) for curve, levels in panel.items())
+    assumed = [
+        f"{rate:,.0f} images/s in a few batches of {args.batch_size}, --threads {args.threads}, nothing beside it"
+    ]
+    if recoveries := {curve.recover for curve in panel} - {"none"}:
+        assumed.append(f"{calibrated:,} calibration images and, for refits, the ratios of a ResNet-50")
+        assumed += ["no time for training" for name in recoveries & {"distill", "finetune"}][:1]
+    networks = f"{1 + sum(map(len, panel.values()))} networks x {len(test):,} images"
+    return (
+        f"a sweep of these flags: about {timedelta(seconds=round(seconds))}, {networks}; assumed: {'; '.join(assumed)}"
+    )

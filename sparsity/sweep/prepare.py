@@ -1,0 +1,52 @@
+"""The network of a sweep before the first level: how it is evaluated, and which of its weights stay dense."""
+
+import argparse
+
+import torch
+from torch import nn
+
+from sparsity.data.images import normalise
+from sparsity.networks.inference import choose_way, inference_copy, precision_problem
+from sparsity.networks.layers import dense_parameters, require_plain_weights, unprunable
+from sparsity.sweep.inputs import Inputs
+from sparsity.sweep.level import SAMPLE
+from sparsity.system.errors import UserError
+from sparsity.system.machine import DTYPES
+
+
+def prepare_inference(args: argparse.Namespace, given: Inputs) -> nn.Module:
+    """The inference copy in which all networks of the sweep are evaluated; chooses how copies are made.
+
+    Its outputs are compared with those of the network itself, on a few test images. Says where it cannot be traced, and
+    where it does not run in bfloat16, and --precision becomes fp32. Raises UserError for networks that cannot be used.
+    """
+    device, test = torch.device(args.device), given.test
+    require_plain_weights(given.dense)
+    dense, few = given.dense.to(device), normalise(test.images[:SAMPLE].to(device), test.mean, test.std)
+    way = choose_way(dense, few)
+    if not way.traced:
+        told = f"it is evaluated as it is, masks baked in and nothing folded, which is slower ({way.reason})"
+        print(f"torch.fx cannot stand in for the network: {told}")
+        if args.measure:
+            raise UserError("--measure needs a network that torch.fx can trace; leave it out")
+    if problem := args.precision != "fp32" and precision_problem(dense, few, DTYPES[args.precision]):
+        print(f"the network does not run in {args.precision} ({problem}): all is computed in fp32")
+        args.precision = "fp32"
+    return inference_copy(dense, DTYPES[args.precision])
+
+
+def say_what_stays_dense(model: nn.Module, example: torch.Tensor) -> None:
+    """Print, in one line, which weights are never pruned beside the output layer, biases and normalisation."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in unprunable(model, example).items():
+        if reason != "output layer":
+            reasons.setdefault(reason, []).append(name)
+    if loose := [name for name in dense_parameters(model) if not name.endswith("bias")]:
+        reasons["in no convolution or linear layer"] = loose
+    told = [f"{_few(names)} ({reason})" for reason, names in reasons.items()]
+    if told:
+        print(f"not pruned by themselves: {', '.join(told)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
