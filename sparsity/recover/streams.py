@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from sparsity.data.calibration import Calibration
@@ -171,7 +172,7 @@ def _put_out_of_place(network: fx.GraphModule) -> bool:
 def _overwrites(node: fx.Node, module: nn.Module | None, name: str) -> bool:
     """Whether a node writes into its first input."""
     if module is not None:
-        return bool(getattr(module, "inplace", False))
+        return bool(getattr(module, "inplace", False)) and not isinstance(module, _DropoutNd)  # which does nothing here
     if node.op not in ("call_method", "call_function"):
         return False
     named = name.endswith("_") and not name.endswith("__")
