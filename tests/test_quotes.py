@@ -3,8 +3,8 @@
 `tests/quotes.txt` holds, below a line `# DOCUMENT`, the sentences and table rows that quote figures, each with
 references in the places of its figures:
 
-    {FILE WORDS... COLUMN FORMAT}    the cell of a CSV under images/, of the only row with all WORDS as cells; a word
-                                     with spaces stands in quotation marks
+    {FILE WORDS... COLUMN FORMAT}    the cell of a CSV under images/, of the only row whose first five cells have
+                                     all WORDS in this order; one with spaces stands in quotation marks
     {FILE KEY.KEY FORMAT}            an entry of a JSON under images/
 
 FILE may be short for one, as the first lines, `SHORT: FILE`, say. FORMAT is Python's, such as `.2f`, or ends in `MB`,
@@ -42,6 +42,12 @@ def table(name):
         return list(csv.DictReader(file))
 
 
+def in_order(words, cells):
+    """Whether the words are among the cells, in this order."""
+    rest = iter(cells)
+    return all(word in rest for word in words)
+
+
 def look_up(reference):
     """The figure of a reference, as text."""
     name, *words, form = shlex.split(reference)
@@ -52,7 +58,7 @@ def look_up(reference):
             value = value[int(key)] if isinstance(value, list) else value[key]
     else:
         *words, column = words
-        (row,) = (row for row in table(name) if set(words) <= set(row.values()))
+        (row,) = (row for row in table(name) if in_order(words, list(row.values())[:5]))
         value = row[column]
     if form.endswith("MB"):
         value, form = float(value) / 1e6, form.removesuffix("MB")
@@ -90,5 +96,5 @@ def test_every_figure_with_decimals_is_traced_to_a_file(document):
 def test_a_figure_that_differs_from_its_file_is_found():
     (row,) = (row for row in table("verdicts/verdicts.csv")[:1])
     column, value = next((key, text) for key, text in row.items() if re.fullmatch(r"\d+\.\d+", text))
-    reference = shlex.join(["verdicts/verdicts.csv", *row.values(), column, ".1f"])
+    reference = shlex.join(["verdicts/verdicts.csv", *[*row.values()][:3], column, ".1f"])
     assert look_up(reference) == f"{float(value):.1f}" and NUMBER.findall(f"dense {value} %") == [value]
