@@ -111,7 +111,7 @@ def test_a_file_is_hashed_without_being_run_and_is_run_once(tmp_path):
     assert len(file_sha256(arch)) == 64 and not (tmp_path / "ran").exists()
     assert build_from_file(arch, 1, {}) is not build_from_file(arch, 1, {})
     assert (tmp_path / "ran").read_text() == "x"
-    (tmp_path / "net.py").write_text("def net():\n    return None\n")  # as changed in a running session
+    (tmp_path / "net.py").write_text("def net():\n    return None\n")  # as changed in a running process
     with pytest.raises(UserError, match="returns a NoneType"):
         build_from_file(arch, 1, {})
     with pytest.raises(UserError, match=r"other\.py cannot be read \(No such file or directory\)"):

@@ -95,7 +95,7 @@ def made(tmp_path_factory):
     save("wide", width=8)
     save("same", "same")
     save("linear", "linear")
-    save("elsewhere", arch="/tmp/evil.py:evil")
+    save("elsewhere", arch="/elsewhere/evil.py:evil")
     save("mnasnet", arch="torchvision:mnasnet0_5")
     save("unknown", arch="torchvision:lenet")
     save("extra", net={"conv.total_ops": torch.zeros(1)})
@@ -143,12 +143,12 @@ RUN = {
 }
 SWEEP = {
     "good.pth": "which no checkpoint makes run: look into that file, then add --arch nets.py:good",
-    "elsewhere.pth": "then add --arch /tmp/evil.py:evil",
+    "elsewhere.pth": "then add --arch /elsewhere/evil.py:evil",
     "good.pth --arch nets.py:five": "holds a network nets.py:good, not nets.py:five; type --arch nets.py:good",
     "good.pth --arch torchvision:vgg11": "holds a network nets.py:good, not torchvision:vgg11",
     "good.pth --arch nets.py:good --arch_args width=8": "holds a network of --arch_args (none); leave --arch_args out",
     "good.pth wide.pth --arch nets.py:good": "differ in network or data",
-    "good.pth --arch nets.py:good --controls elsewhere.pth": "--controls elsewhere.pth needs /tmp/evil.py:evil",
+    "good.pth --arch nets.py:good --controls elsewhere.pth": "--controls elsewhere.pth needs /elsewhere/evil.py:evil",
     "mnasnet.pth": "mnasnet.pth does not fit the network: ",
     "mnasnet.pth --arch nets.py:good": "holds a network torchvision:mnasnet0_5, not nets.py:good; leave --arch out",
     "unknown.pth": "torchvision has no classification network 'lenet'",
