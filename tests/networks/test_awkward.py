@@ -223,7 +223,8 @@ def swept(tmp_path, image_folder, undrawn):
         out = tmp_path / name
         out.mkdir()
         torch.save(make(name, 3).state_dict(), out / "net.pth")
-        places = ["--checkpoint", out / "net.pth", "--arch", f"{FILE}:{name}", "--data_dir", image_folder]
+        places = ["--checkpoint", out / "net.pth", "--checkpoint_dir", out, "--data_dir", image_folder]
+        places += ["--arch", f"{FILE}:{name}"]
         return out, sweep(out, *places, *FLAGS, "--name", "net", *flags)
 
     return run
