@@ -82,9 +82,7 @@ def train(args: Namespace) -> None:
         print_epoch(history[-1], args)
         if processes.first():
             content = describe_network(args, tested, spec, data, history)
-            if epoch in numbered:
-                checkpoint.save(numbered[epoch], content)
-            checkpoint.save(last, content | resume.training_progress(parts, history))
+            save_epoch(content, numbered.get(epoch), last, resume.training_progress(parts, history))
         args.resume = True  # from here on, an interruption can be continued
 
     final = evaluate_shared(inference, test, default_batch_size(device))
@@ -138,6 +136,13 @@ def announce(args: Namespace, name: str, model: nn.Module, training: int, test: 
         print(f"tested and saved is the moving average of the weights (decay {args.ema:g} a step)")
     if done:
         print(f"resuming after epoch {done} of {args.epochs}")
+
+
+def save_epoch(content: dict[str, Any], numbered: Path | None, last: Path, progress: dict[str, Any]) -> None:
+    """Write the network of an epoch to its numbered file, if it has one, and the training state to `last`."""
+    if numbered:
+        checkpoint.save(numbered, content)
+    checkpoint.save(last, content | progress)
 
 
 def advance(bar: tqdm, images: int, loss: float) -> None:

@@ -192,3 +192,11 @@ def figures(monkeypatch):
 def panels(monkeypatch):
     """Have the heat maps return their panels instead of drawing them."""
     monkeypatch.setattr(heatmaps, "_plot", lambda sweep, path, about, panels, **more: panels)
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy of the folder that the fixture `made` of a test file makes, to work in."""
+    shutil.copytree(made, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"

@@ -45,14 +45,6 @@ def made(tmp_path_factory, tiny_checkpoint):
     return root
 
 
-@pytest.fixture
-def place(made, tmp_path, monkeypatch):
-    """A copy of that folder, of its own, to work in."""
-    shutil.copytree(made, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
-
-
 SMALL = "--arch resnet18 --width 2 --image_size 8 --epochs 1"
 FOLDER = f"--dataset folder --data_dir colours {SMALL}"
 RUN = {

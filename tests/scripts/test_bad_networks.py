@@ -1,6 +1,5 @@
 """Networks that cannot be used: one clear line on stderr, no traceback, no file of theirs run, none changed."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -107,14 +106,6 @@ def made(tmp_path_factory):
     (root / "huge.safetensors").write_bytes((1 << 32).to_bytes(8, "little") + cut[8:])
     (root / "ran").unlink()
     return root
-
-
-@pytest.fixture
-def place(made, tmp_path, monkeypatch):
-    """A copy of that folder, of its own, to work in."""
-    shutil.copytree(made, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
 
 
 IMAGES = "--dataset folder --data_dir colours --image_size 8 --epochs 1 --threads 1"
