@@ -101,6 +101,8 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"checkpoint {path} is not there; train one with `python run.py`, or name another")
     if not path.is_file():  # opening a pipe would wait for ever
         raise UserError(f"{path} is a folder, a pipe or a device, not a checkpoint; name a file of a network")
+    if path.suffix in (".pt2", ".onnx"):
+        raise UserError(f"{path} is a network to be run, not one to be pruned; name the checkpoint that it was made of")
     data = path.read_bytes()
     try:
         with warnings.catch_warnings():
