@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from sparsity.networks.inference import inference_copy
 from sparsity.system.errors import UserError, one_line
 
 METADATA = "metadata.json"  # of the extra files
@@ -37,14 +36,14 @@ class FromPixels(nn.Module):
 
 
 def export_program(
-    model: nn.Module, mean: Sequence[float], std: Sequence[float], image_size: int, dtype: torch.dtype
+    inference: nn.Module, mean: Sequence[float], std: Sequence[float], image_size: int, dtype: torch.dtype
 ) -> ExportedProgram:
-    """The program of a network (masked or not, in eval mode) on the CPU: its inference copy behind `FromPixels`.
+    """The program of a network behind `FromPixels`; `inference` is an inference copy of it in `dtype`, on the CPU.
 
     It takes any number of images of `image_size` pixels, computes in `dtype`, and holds no path of this machine. Raises
     UserError, with torch's reason, where torch cannot export the network.
     """
-    whole = FromPixels(inference_copy(model, dtype).cpu(), mean, std, dtype).eval()
+    whole = FromPixels(inference, mean, std, dtype).eval()
     blank = torch.zeros(2, 3, image_size, image_size)  # of a batch of one image torch.export would make a constant
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():

@@ -18,7 +18,7 @@ from sparsity.prune.filters import Thin, dead_filters, thin
 from sparsity.results.rows import Row
 from sparsity.results.store import Sweep
 from sparsity.sweep.flags import EXPORT_BITS, EXPORT_FORMATS, PROGRAMS
-from sparsity.sweep.level import PrunedNetwork
+from sparsity.sweep.level import SAMPLE, PrunedNetwork
 from sparsity.sweep.programs import make_program, predictions_of, write_program
 from sparsity.system.errors import UserError
 from sparsity.system.files import file_hash, prepare_folder
@@ -137,7 +137,7 @@ class Exporter:
             notes.append(f"file {accuracy:.2f} %, {differing} predictions differ")
         path, metadata = self.files.path(pruned.curve, pruned.level), self._metadata(pruned, row, spec, accuracy)
         if program:
-            notes += write_program(path, program, metadata, self.test, self.files.form)
+            notes += write_program(path, program, metadata, self.test.images[:SAMPLE], self.files.form)
         else:
             self.files.write(path, {"net": state} | metadata)
             found = load_network(path, pruned.saved.model)[1].state_dict()

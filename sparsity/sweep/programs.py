@@ -9,10 +9,9 @@ from torch.export import ExportedProgram
 
 from sparsity.data.images import Split
 from sparsity.networks.evaluation import default_batch_size
-from sparsity.networks.inference import TOLERANCE
+from sparsity.networks.inference import TOLERANCE, inference_copy
 from sparsity.networks.onnx_file import READERS, WRITERS, missing, onnx_bytes, require_installed, run_onnx
 from sparsity.networks.program import answers, export_program, load_program, program_bytes
-from sparsity.sweep.level import SAMPLE
 from sparsity.system.errors import UserError
 from sparsity.system.files import write_atomic
 from sparsity.system.machine import DTYPES
@@ -32,7 +31,8 @@ def require_program(dense: nn.Module, test: Split, precision: str, form: str) ->
 
 def make_program(model: nn.Module, test: Split, precision: str) -> ExportedProgram:
     """The program of a network, masked or not, for images like those of `test`; errors as of `export_program`."""
-    return export_program(model, test.mean, test.std, test.images.shape[-1], DTYPES[precision])
+    inference = inference_copy(model, DTYPES[precision]).cpu()
+    return export_program(inference, test.mean, test.std, test.images.shape[-1], DTYPES[precision])
 
 
 def predictions_of(program: ExportedProgram, test: Split) -> Tensor:
@@ -40,15 +40,15 @@ def predictions_of(program: ExportedProgram, test: Split) -> Tensor:
     return answers(program.module(), test.images, BATCH).argmax(1)
 
 
-def write_program(path: Path, program: ExportedProgram, metadata: dict[str, Any], test: Split, form: str) -> list[str]:
-    """Write a file, read it back, and run it on a few test images; returns notes.
+def write_program(path: Path, program: ExportedProgram, metadata: dict[str, Any], few: Tensor, form: str) -> list[str]:
+    """Write a file, read it back, and run it on `few` uint8 images; returns notes.
 
     Raises UserError where the outputs are not those of `program`.
     """
     write_atomic(path, program_bytes(program, metadata) if form == "program" else onnx_bytes(program, metadata))
     if form == "onnx" and missing(READERS):
         return [NOT_RUN]
-    data, few = path.read_bytes(), test.images[:SAMPLE]
+    data = path.read_bytes()
     run = load_program(data) if form == "program" else run_onnx(data)[0]
     expected, found = answers(program.module(), few, BATCH), answers(run, few, BATCH)
     apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
