@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.networks import packed, safetensors
+from sparsity.networks.layers import with_versions
 from sparsity.system.errors import UserError, one_line
 from sparsity.system.files import write_atomic
 
@@ -87,7 +88,8 @@ def _write(
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of a model as files hold it: on the CPU, contiguous, detached."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    return with_versions({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, state)
 
 
 def load(path: Path) -> Checkpoint:

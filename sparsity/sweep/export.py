@@ -12,7 +12,7 @@ from sparsity.networks.checkpoint import save, save_packed, save_safetensors
 from sparsity.networks.evaluation import Evaluation, evaluate
 from sparsity.networks.families import build_empty, load_network, takes_widths
 from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import Way, set_way, unmasked_state, way_of
+from sparsity.networks.layers import Way, set_way, unmasked_state, way_of, with_versions
 from sparsity.networks.packed import entropy_bits, share, stored
 from sparsity.prune.filters import Thin, dead_filters, thin
 from sparsity.results.rows import Row
@@ -84,8 +84,10 @@ class ExportFiles:
         net = stored(content["net"], self.precision)
         if self.precision == "bf16":
             net = share(net, lambda _, value: value.bfloat16() if value.is_floating_point() else value)
-        write = save_safetensors if self.form == "safetensors" else save
-        write(path, content | {"net": net})
+        if self.form == "safetensors":
+            save_safetensors(path, content | {"net": net})
+        else:
+            save(path, content | {"net": with_versions(net, content["net"])})
 
 
 @dataclass(frozen=True)
