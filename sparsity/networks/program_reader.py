@@ -50,15 +50,21 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Graph:
-    """A program as it was read: `tensors` by the names in its calls, the names of its input and its output."""
+    """A program as it was read: `tensors` by the names in its calls, the names of its input and its output.
+
+    `shape` is that of an image.
+    """
 
     calls: list[Call]
     tensors: dict[str, Tensor]
     images: str
     logits: str
+    shape: list[int]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The output for `images` [B, 3, S, S], float32 in 0..1."""
+        """The output for `images` [B, 3, S, S], float32 in 0..1; ValueError for those of another size."""
+        if list(images.shape[1:]) != self.shape:
+            raise ValueError(f"it takes images {self.shape}")
         values: dict[str, Any] = self.tensors | {self.images: images}
         for call in self.calls:
             args = [_resolved(arg, values) for arg in call.args]
@@ -126,7 +132,8 @@ def _graph(module: dict[str, Any], stored: dict[str, Tensor]) -> Graph:
             tensors[about["arg"]["name"]] = stored[about[f"{kind}_name"]]
     (logits,) = [spec["user_output"]["arg"]["as_tensor"]["name"] for spec in signature["output_specs"]]
     (image,) = images
-    return Graph([_call(node) for node in graph["nodes"]], tensors, image, logits)
+    shape = [each["as_int"] for each in graph["tensor_values"][image]["sizes"][1:]]
+    return Graph([_call(node) for node in graph["nodes"]], tensors, image, logits, shape)
 
 
 def _call(node: dict[str, Any]) -> Call:

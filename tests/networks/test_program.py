@@ -194,7 +194,7 @@ def test_compiled_code_pickled_constants_and_files_of_others_are_refused(program
         (config | {"data/constants/opaque_obj_0": pickle.dumps(1)}, "its c is a pickle"),
     ):
         with pytest.raises(ValueError, match=said):
-            read_program(rewritten(program_file, **changes))
+            read_program(rewritten(program_file, changes))
     foreign = rewritten(program_file, {})
     assert read_program(foreign)[1] == {"data": {"classes": list("abcd")}}
     with pytest.raises(ValueError, match=f"has no {METADATA}"):
