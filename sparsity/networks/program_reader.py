@@ -114,6 +114,8 @@ def _tensors(read: Callable[[str], bytes], place: str) -> dict[str, Tensor]:
             data = read(f"data/{place}/{file}")
             payloads[file, dtype] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0).to(dtype)
         size, stride = ([each["as_int"] for each in meta[key]] for key in ("sizes", "strides"))
+        if math.prod(size) > len(payloads[file, dtype]):
+            raise ValueError(f"its {name} is larger than the bytes that it has")
         if not math.prod(size):
             found[name] = torch.empty(size, dtype=dtype)
         else:  # which checks that it stays within the bytes

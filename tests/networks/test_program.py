@@ -150,7 +150,18 @@ BAD = {
     "a library's operator": (MODEL, CALL, '"target": "torch.ops.mine.conv2d.default"', "calls torch.ops.mine"),
     "attributes": (MODEL, CALL, '"target": "torch.ops.aten.conv2d.default.__class__"', "calls torch.ops.aten.conv2d"),
     "a subgraph": (MODEL, '"as_ints"', '"as_graph"', "has an argument as_graph"),
-    "a weight beyond the file": (WEIGHTS, '"sizes": [{"as_int": 6}', '"sizes": [{"as_int": 60000}', "out of bounds"),
+    "a weight beyond the file": (
+        WEIGHTS,
+        '"sizes": [{"as_int": 6}',
+        '"sizes": [{"as_int": 60000}',
+        "stem.weight is larger than the bytes",
+    ),
+    "a weight that begins late": (
+        WEIGHTS,
+        '"storage_offset": {"as_int": 0}',
+        '"storage_offset": {"as_int": 9}',
+        "out of",
+    ),
     "a weight of no bytes": (WEIGHTS, '"path_name": "weight_0"', '"path_name": "../models/model.json"', "named"),
 }
 

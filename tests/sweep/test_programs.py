@@ -11,6 +11,7 @@ import torch
 from helpers import PROGRAM_FLAGS, files_of, rows_of, sweep
 from torchvision import models
 
+import pruning
 from sparsity.data.sources import Source, load_split
 from sparsity.networks import checkpoint
 from sparsity.networks.families import build, load_network
@@ -148,7 +149,9 @@ def test_without_the_packages_of_onnx_it_is_said_what_to_install(tiny_checkpoint
 
 
 @pytest.mark.skipif(not WRITES_ONNX, reason="needs onnx, onnxscript and onnxruntime")
-def test_an_onnx_file_gives_the_predictions_of_the_sweep_in_onnxruntime(tiny_checkpoint, image_folder, tmp_path):
+def test_an_onnx_file_gives_the_predictions_of_the_sweep_in_onnxruntime(
+    tiny_checkpoint, image_folder, tmp_path, capsys
+):
     flags = ["--criterion", "filter_l1", "--export", "50", "--export_format", "onnx"]
     assert export(tmp_path, "--checkpoint", tiny_checkpoint, *flags) == 0
     path = exported(tmp_path, "filter_l1_uniform_none_50", ".onnx")
@@ -161,6 +164,11 @@ def test_an_onnx_file_gives_the_predictions_of_the_sweep_in_onnxruntime(tiny_che
     for count in (1, 24):
         predictions = answers(run, test.images, count).argmax(1)
         assert 100 * float((predictions == test.labels).double().mean()) == pytest.approx(float(row["accuracy"]))
+    capsys.readouterr()
+    image = min((image_folder / "test" / "red").iterdir())
+    assert pruning.main(["--predict", str(path), str(image)]) == 0
+    index = test.labels.tolist().index(classes.index("red"))
+    assert f"{image}: {classes[int(predictions[index])]} " in capsys.readouterr().out
     assert b".py" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes()
 
 
