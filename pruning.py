@@ -31,10 +31,13 @@ from sparsity.sweep import inputs, work
 from sparsity.sweep.controls import measure_controls, require_comparable
 from sparsity.sweep.describe import describe
 from sparsity.sweep.export import Exporter, ExportFiles
+from sparsity.sweep.flags import PROGRAMS
 from sparsity.sweep.header import describe_sweep, output_name
 from sparsity.sweep.level import Evaluator, Extra, PrunedNetwork
 from sparsity.sweep.networks import Networks, resume_curve, save_step
+from sparsity.sweep.predict import predict
 from sparsity.sweep.prepare import prepare_inference, say_what_stays_dense
+from sparsity.sweep.programs import require_program
 from sparsity.sweep.timing import Timer
 from sparsity.system import processes
 from sparsity.system.errors import UserError, command_line, run_main
@@ -113,10 +116,12 @@ def plan(args: argparse.Namespace, given: inputs.Inputs) -> tuple[dict[str, Laye
 
 
 def prepare_exports(args: argparse.Namespace, given: inputs.Inputs, panel: work.Panel) -> ExportFiles:
-    """The paths of exported files; UserError where they cannot be written or would replace an input."""
+    """The paths of exported files; UserError where they cannot be made or written, or would replace an input."""
     name = output_name(args.name, given.source, given.saved.model)
     files = ExportFiles(args.checkpoint_dir, name, args.export_precision, args.export_format)
     if args.export is not None:
+        if args.export_format in PROGRAMS:
+            require_program(given.dense, given.test, args.export_precision, args.export_format)
         wanted = [(curve, level) for curve, levels in panel.items() for level in levels if level in args.export]
         weights = sum(parameter.numel() for parameter in given.dense.parameters())
         files.require_writable(wanted, [*given.paths, *args.controls], weights)
@@ -202,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     program, args.words = ("pruning.py", argv) if argv is not None else (sys.argv[0], sys.argv[1:])
     args.command = command_line(program, args.words)
-    task = describe if args.describe else sweep_levels
+    task = predict if args.predict else describe if args.describe else sweep_levels
     return run_main(lambda: task(args), lambda: command_line(program, args.words))
 
 

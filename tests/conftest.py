@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import files_of, sweep
+from helpers import PROGRAM_FLAGS, files_of, sweep
 from PIL import Image
 from torch import nn
 
@@ -159,6 +159,15 @@ def swept_at_two(sweep_of_two, tmp_path) -> Path:
     """A test's own folder, in which that sweep has run: the table."""
     shutil.copytree(sweep_of_two, tmp_path, dirs_exist_ok=True)
     return tmp_path / "colours_resnet18_pruning.csv"
+
+
+@pytest.fixture(scope="session")
+def program_sweep(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The folder of a sweep of whole filters of `tiny_checkpoint` whose networks are in `files/*.pt2`."""
+    out = tmp_path_factory.mktemp("programs")
+    flags = ["--checkpoint", tiny_checkpoint, "--checkpoint_dir", out / "files", *PROGRAM_FLAGS]
+    assert sweep(out, *flags) == 0
+    return out
 
 
 @pytest.fixture

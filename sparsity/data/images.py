@@ -14,6 +14,7 @@ from sparsity.system.processes import share
 SHIFT = 4  # pixels, of random shifts in the reference
 Channels = tuple[float, float, float]
 
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # The pair that the reference and most CIFAR-10 repositories use; its std is the mean of per-image deviations.
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))

@@ -92,7 +92,7 @@ def _load_folder(source: Source, train: bool) -> tuple[Tensor, Tensor, list[str]
     paths, labels = zip(*samples, strict=True)
     # PIL decodes outside of Python's lock, so threads help.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(lambda path: _decode(path, source.image_size), paths, chunksize=64)
+        decoded = pool.map(lambda path: read_image(path, source.image_size), paths, chunksize=64)
         silent = None if processes.first() else True  # where None, unless stderr is a terminal
         progress = tqdm(decoded, f"decoding {folder.name}", len(paths), unit="img", disable=silent, leave=False)
         images = np.empty((len(paths), source.image_size, source.image_size, 3), dtype=np.uint8)
@@ -112,8 +112,8 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _decode(path: str, size: int) -> tuple[np.ndarray, bool]:
-    """One image as uint8 [size, size, 3], and whether it had to be resized."""
+def read_image(path: str, size: int) -> tuple[np.ndarray, bool]:
+    """An image file as uint8 [size, size, 3], and whether it had to be resized; UserError where it is none."""
     try:
         image = datasets.folder.default_loader(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises all of these

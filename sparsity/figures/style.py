@@ -175,7 +175,7 @@ def scale_x(axes: Axes, log: bool = False, unit: str = "", room: float = 0.04) -
 
 def scale_accuracy(axes: Axes, low: float = 0.0, high: float = 100.0) -> None:
     """Scale the y axis to accuracies in percent from `low` to `high`, with room above, and draw a grid."""
-    axes.set_ylim(low, high + 0.08 * (high - low))
+    axes.set_ylim(low, high + 0.08 * (high - low or 1.0))
     axes.set_yticks(inner_ticks(low, high, most=6))
     axes.grid(alpha=0.25)
 

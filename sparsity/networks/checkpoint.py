@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.networks import packed, safetensors
+from sparsity.networks.layers import with_versions
 from sparsity.system.errors import UserError, one_line
 from sparsity.system.files import write_atomic
 
@@ -87,7 +88,8 @@ def _write(
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of a model as files hold it: on the CPU, contiguous, detached."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    return with_versions({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, state)
 
 
 def load(path: Path) -> Checkpoint:
@@ -101,6 +103,8 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"checkpoint {path} is not there; train one with `python run.py`, or name another")
     if not path.is_file():  # opening a pipe would wait for ever
         raise UserError(f"{path} is a folder, a pipe or a device, not a checkpoint; name a file of a network")
+    if path.suffix in (".pt2", ".onnx"):
+        raise UserError(f"{path} is a network to be run, not one to be pruned; name the checkpoint that it was made of")
     data = path.read_bytes()
     try:
         with warnings.catch_warnings():

@@ -1,7 +1,7 @@
 """The layers of a network, in the order in which they run: which may be pruned, and the weights of masked ones."""
 
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -111,7 +111,7 @@ def unprunable(model: nn.Module, example: Tensor) -> dict[str, str]:
         elif problem := parametrization(layer):
             reasons[name] = problem
         elif name not in executed:
-            reasons[name] = "does not run"
+            reasons[name] = "not called as a layer"
     for first, *others in _owners(model):
         foreign = [name for name, part in (first, *others) if name not in layers or part not in WEIGHTS]
         named = [name for name, _ in (first, *others) if name in layers]
@@ -202,6 +202,13 @@ def effective_weight(layer: nn.Module) -> Tensor:
     return layer.weight if mask is None else layer.weight_orig * mask
 
 
+def with_versions(state: dict[str, Tensor], source: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """A state dict with the versions of the modules of `source`, which some (MNASNet) ask for in plain PyTorch."""
+    state = OrderedDict(state)
+    state._metadata = source._metadata
+    return state
+
+
 @torch.no_grad()
 def unmasked_state(model: nn.Module, device: str | None = None) -> dict[str, Tensor]:
     """The state dict of a network, masked or not, with effective weights in place of masks; tensors of its own.
@@ -209,8 +216,9 @@ def unmasked_state(model: nn.Module, device: str | None = None) -> dict[str, Ten
     They are on `device`, by default their own, and have the names that the network had before it was masked. A tensor
     that has several names is one here too.
     """
-    state, values = {}, {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    found = model.state_dict(keep_vars=True)
+    state, values = with_versions({}, found), {}
+    for name, value in found.items():
         place, _, part = name.rpartition(".")
         if part in ("weight_mask", "weight_orig") and hasattr(layer := model.get_submodule(place), "weight_mask"):
             if part == "weight_mask":

@@ -12,13 +12,14 @@ from sparsity.networks.checkpoint import save, save_packed, save_safetensors
 from sparsity.networks.evaluation import Evaluation, evaluate
 from sparsity.networks.families import build_empty, load_network, takes_widths
 from sparsity.networks.inference import inference_copy
-from sparsity.networks.layers import Way, set_way, unmasked_state, way_of
+from sparsity.networks.layers import Way, set_way, unmasked_state, way_of, with_versions
 from sparsity.networks.packed import entropy_bits, share, stored
 from sparsity.prune.filters import Thin, dead_filters, thin
 from sparsity.results.rows import Row
 from sparsity.results.store import Sweep
-from sparsity.sweep.flags import EXPORT_BITS, EXPORT_FORMATS
-from sparsity.sweep.level import PrunedNetwork
+from sparsity.sweep.flags import EXPORT_BITS, EXPORT_FORMATS, PROGRAMS
+from sparsity.sweep.level import SAMPLE, PrunedNetwork
+from sparsity.sweep.programs import make_program, predictions_of, write_program
 from sparsity.system.errors import UserError
 from sparsity.system.files import file_hash, prepare_folder
 from sparsity.system.flags import level_text
@@ -83,8 +84,10 @@ class ExportFiles:
         net = stored(content["net"], self.precision)
         if self.precision == "bf16":
             net = share(net, lambda _, value: value.bfloat16() if value.is_floating_point() else value)
-        write = save_safetensors if self.form == "safetensors" else save
-        write(path, content | {"net": net})
+        if self.form == "safetensors":
+            save_safetensors(path, content | {"net": net})
+        else:
+            save(path, content | {"net": with_versions(net, content["net"])})
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Exporter:
     """Writes the networks of `levels` to `files`; one of the extras of an evaluator.
 
     Where a file may give other answers than the evaluated network, because it is thin or in bf16, it is evaluated on
-    `test` in `dtype`. Every file is read back and compared when it is written. `about` goes into every file.
+    `test` in `dtype`; a program always, as it runs. Every file is read back and compared when it is written. `about`
+    goes into every file.
     """
 
     levels: frozenset[float]
@@ -125,32 +129,38 @@ class Exporter:
         notes = []
         if counts and not pruned.curve.prunes_filters and (counts.removed or counts.dead):
             notes.append(f"dead channels: {counts.removed} removed from the file, {counts.dead} stay")
-        if self.files.precision != "fp32" or (counts and counts.removed):
-            again = self._evaluate(_build(spec, kept, way_of(pruned.model)))
-            accuracy = round(again.accuracy, 6)
-            differing = int((again.predictions != result.predictions).sum())
+        program, way = None, way_of(pruned.model)
+        if self.files.form in PROGRAMS:
+            program = make_program(_build(spec, state, way), self.test, self.files.precision)
+        if program or self.files.precision != "fp32" or (counts and counts.removed):
+            again = predictions_of(program, self.test) if program else self._predictions(_build(spec, kept, way))
+            accuracy = round(100 * int((again == self.test.labels.cpu()).sum()) / len(self.test), 6)
+            differing = int((again != result.predictions).sum())
             notes.append(f"file {accuracy:.2f} %, {differing} predictions differ")
-        path = self.files.path(pruned.curve, pruned.level)
-        self.files.write(path, {"net": state} | self._metadata(pruned, row, spec, accuracy))
-        found = load_network(path, pruned.saved.model)[1].state_dict()
-        if wrong := [name for name in kept if not torch.equal(found[name], kept[name])]:
-            raise UserError(f"{path} came back with other values of {wrong[0]}; the disk or memory is not sound")
+        path, metadata = self.files.path(pruned.curve, pruned.level), self._metadata(pruned, row, spec, accuracy)
+        if program:
+            notes += write_program(path, program, metadata, self.test.images[:SAMPLE], self.files.form)
+        else:
+            self.files.write(path, {"net": state} | metadata)
+            found = load_network(path, pruned.saved.model)[1].state_dict()
+            if wrong := [name for name in kept if not torch.equal(found[name], kept[name])]:
+                raise UserError(f"{path} came back with other values of {wrong[0]}; the disk or memory is not sound")
         entry = self._entry(path, row) | {"accuracy": accuracy}
         self.sweep.merge("exports", {pruned.key: entry})
         return {"file_bytes": entry["bytes"]}, notes
 
     def _network(self, pruned: PrunedNetwork) -> tuple[dict[str, Tensor], dict[str, Any], Thin | None]:
         """State dict and description of the network in the file, and the counts of channels where it is thin."""
-        if self.files.form == "packed" or pruned.curve.prunes_filters:
+        if self.files.form in ("packed", *PROGRAMS) or pruned.curve.prunes_filters:
             network, spec, counts = thin_network(pruned.model, pruned.saved.model)
             return network.state_dict(), spec, counts
         # A file with zeros is for code that knows the usual widths alone.
         return unmasked_state(pruned.model, "cpu"), pruned.saved.model, None
 
-    def _evaluate(self, network: nn.Module) -> Evaluation:
-        """The answers of the network in a file on the test images."""
+    def _predictions(self, network: nn.Module) -> Tensor:
+        """The class that the network in a file predicts for each test image."""
         inference = inference_copy(network.to(self.test.images.device), self.dtype)
-        return evaluate(inference, self.test, self.batch_size)
+        return evaluate(inference, self.test, self.batch_size).predictions
 
     def _entry(self, path: Path, row: Row) -> dict[str, Any]:
         """The entry of a file in the JSON: its bytes, bits for each prunable weight, and the yardstick for them."""

@@ -22,8 +22,10 @@ from sparsity.system.flags import (
 )
 from sparsity.system.methods import ALLOCATIONS, CRITERIA, FILTER_ALLOCATIONS, FILTER_CRITERIA, RECOVERIES, Curve
 
-EXPORT_FORMATS = {"packed": ".npz", "dense": ".pth", "safetensors": ".safetensors"}  # name -> ending
+PROGRAMS = {"program": ".pt2", "onnx": ".onnx"}  # exported files that run without this project: name -> ending
+EXPORT_FORMATS = {"packed": ".npz", "dense": ".pth", "safetensors": ".safetensors"} | PROGRAMS
 EXPORT_BITS = {"fp32": 32, "bf16": 16}  # precision of exported values -> bits of one
+PREDICTION = {"predict", "arch", "arch_args", "dataset", "mean", "std", "image_size", "threads"}  # flags with --predict
 ENGINES = ("dense", "sparse")
 NORMALISATIONS = {  # name -> of --mean and --std
     "imagenet": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
@@ -92,6 +94,8 @@ def _add_pruning_flags(add: Callable[..., Any]) -> None:
     add("--sensitivity", action="store_true", help="prune one layer at a time and map the accuracy lost (off)")
     text = "no sweep: a table of the layers, what can be done with the network, and how long a sweep takes (off)"
     add("--describe", action="store_true", help=text)
+    text = "no sweep: the classes that the network of any checkpoint or exported file finds in images (off)"
+    add("--predict", type=Path, nargs="+", metavar=("FILE", "IMAGE"), help=text)
 
 
 def _add_recovery_flags(add: Callable[..., Any]) -> None:
@@ -143,7 +147,7 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--export", type=levels_type, metavar="L", help="write the networks of these levels to files (none)")
     text = "of values in files (%(default)s)"
     add("--export_precision", choices=tuple(EXPORT_BITS), default="fp32", help=text)
-    text = "packed (.npz); dense (.pth) and safetensors: with zeros, which other code reads (%(default)s)"
+    text = "packed (.npz); dense (.pth), safetensors: zeros too; program (.pt2), onnx: run by themselves (%(default)s)"
     add("--export_format", choices=tuple(EXPORT_FORMATS), default="packed", help=text)
     add("--restart", action="store_true", help="measure again the rows that are in the CSV (off)")
 
@@ -169,6 +173,7 @@ def clash(args: argparse.Namespace, given: set[str]) -> str | None:
     weights = [name for name in args.allocation if name not in FILTER_ALLOCATIONS]
     recoveries = [] if args.compare else args.recover
     idle = [flag for flag in sorted(given) if (name := flag.split("_")[0]) in TRAINING and name not in recoveries]
+    others = sorted(given - PREDICTION)
     formats = sorted(given & {"export_precision", "export_format"})
     curves = [Curve(*parts) for parts in itertools.product(args.criterion, args.allocation, args.recover)]
     calibrated = args.compare or any(curve.needs_calibration for curve in curves)
@@ -202,6 +207,12 @@ def clash(args: argparse.Namespace, given: set[str]) -> str | None:
          "--export writes a file for each curve and level; name one --checkpoint"),
         (len(given & {"mean", "std"}) == 1,
          "--mean and --std belong together; give both"),
+        (args.export_format == "onnx" and args.export_precision != "fp32",
+         "--export_format onnx is written in fp32, as onnxruntime has no bf16 on a CPU; leave out --export_precision"),
+        (args.predict and len(args.predict) < 2,
+         "--predict takes a file of a network and one or more images"),
+        (args.predict and others,
+         f"--predict sweeps nothing; leave out --{', --'.join(others)}"),
         ("calibration_images" in given and not calibrated,
          "--calibration_images has no effect without a criterion or --recover that looks at images"),
     )  # fmt: skip

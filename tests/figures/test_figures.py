@@ -1,6 +1,7 @@
 """Figures, drawn from the data files alone: the values that they show, and pictures that can be read."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_a_sweep_with_nothing_to_show_is_drawn_and_its_long_title_stays_in_the_p
     sweep = made_sweep(files, rows, title="$x_{" + "long " * 60 + "w" * 300)
     for plot in (accuracy.plot_sweep, savings.plot_tradeoff, heatmaps.plot_classes, savings.plot_savings):
         assert ink(plot(sweep))[2] > 0.003
+
+
+@pytest.mark.parametrize("percent", [0.0, 100.0])
+def test_networks_that_are_all_equally_good_are_drawn_without_a_warning(files, percent):
+    sweep = made_sweep(files, [replace(made_row(level), accuracy=percent) for level in (0.0, 40.0)])
+    sweep.header["dense"]["one.pth"]["accuracy"] = percent
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ink(accuracy.plot_sweep(sweep))[2] > 0.003
+        assert ink(savings.plot_tradeoff(sweep))[2] > 0.003
 
 
 def test_networks_with_next_to_no_weights_have_no_ratio_to_draw(files, figures):

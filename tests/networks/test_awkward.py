@@ -80,7 +80,7 @@ CASES = {
     "OneDimensional": Case(dense={"fc": "output layer"}),
     "Stochastic": Case(dense={"fc": "output layer"}),
     "OwnBuffers": Case(
-        dense={"fc": "output layer", "auxiliary": "does not run"},
+        dense={"fc": "output layer", "auxiliary": "not called as a layer"},
         left={"conv1": "a forward pass of its own"},
         no_batchnorm=True,
     ),

@@ -65,7 +65,7 @@ def test_odd_weights_are_in_the_table():
     )
     assert table["depthwise"].macs == 2 * 64 * 54
     assert table["attention.in_proj_weight"].dense == "inside MultiheadAttention"
-    assert table["down"].dense.startswith("parametrized by") and table["idle"].dense == "does not run"
+    assert table["down"].dense.startswith("parametrized by") and table["idle"].dense == "not called as a layer"
     assert table["place"].dense == "neither convolution nor linear layer"
     assert table["result"].dense == "output layer"
     prunable = {name for name, entry in table.items() if not entry.dense}
