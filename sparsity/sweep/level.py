@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsity.data.images import Split, normalise
-from sparsity.networks.census import census, zeros_by_layer
+from sparsity.networks.census import census
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import Evaluation, evaluate, evaluate_shared
 from sparsity.networks.inference import refresh
@@ -133,8 +133,9 @@ class Evaluator:
         """The row of a pruned network without its further measurements, and the zeros of each layer."""
         sweep, predictions = self.sweep, result.predictions.numpy()
         prunable = {name: pruned.model.get_submodule(name) for name in self.layers}
-        counts, zeros = census(pruned.model, prunable, self.positions), zeros_by_layer(prunable)
-        notes, empty = list(pruned.notes), sum(zeros[name] == layer.weight.numel() for name, layer in prunable.items())
+        counts = census(pruned.model, prunable, self.positions)
+        empty = sum(counts.by_layer[name] == layer.weight.numel() for name, layer in prunable.items())
+        notes = list(pruned.notes)
         if empty and pruned.level < 100:
             notes.append(f"{empty} layer{'s' * (empty > 1)} without weights")
         if not way_of(pruned.model).traced:
@@ -157,7 +158,7 @@ class Evaluator:
             notes="; ".join(notes),
             **({name: getattr(before, name) for name in MEASURED} if before else {}),
         )
-        return row, zeros
+        return row, counts.by_layer
 
 
 def _with_notes(row: Row, notes: list[str]) -> Row:

@@ -40,7 +40,7 @@ from timing import (
 )
 
 from sparsity.data.images import CIFAR10_STATISTICS, Split, normalise
-from sparsity.networks.census import census, zeros_by_layer
+from sparsity.networks.census import census
 from sparsity.networks.evaluation import default_batch_size, evaluate
 from sparsity.networks.families import load_network
 from sparsity.networks.inference import compiled, inference_copy, refresh
@@ -113,7 +113,6 @@ def whole_levels(args: argparse.Namespace, dense: nn.Module, test: Split) -> dic
             model, _ = pruner.prune(Curve("l1", "uniform", "none"), 100 * index / max(1, args.levels - 1))
             layers = {name: model.get_submodule(name) for name in names}
             census(model, layers, positions)
-            zeros_by_layer(layers)
             refresh(inference, model)
             evaluating.append(seconds(lambda: evaluate(networks[-1], test, batch_size), device))
 
