@@ -54,7 +54,7 @@ class Family(NamedTuple):
 
 WITHOUT_HEADS = {"aux_logits": False, "init_weights": False}
 FAMILIES = {
-    "alexnet": Family("alexnet", 64),
+    "alexnet": Family("alexnet", 64, exclude="classifier.1"),  # of 9,216 inputs
     "convnext": Family("convnext_tiny"),
     "densenet": Family("densenet121"),
     "efficientnet": Family("efficientnet_b0"),
