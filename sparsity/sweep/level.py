@@ -107,7 +107,10 @@ class Evaluator:
         """Count and evaluate a pruned network, add its row, and print it."""
         refresh(self.inference, pruned.model)
         network = self._kernels(pruned.curve)
-        result = evaluate(network, self.test, self.batch_size, self.bar.update)
+        if network is self.network and _is_dense(pruned):
+            result = self._dense_result(pruned.checkpoint)
+        else:
+            result = evaluate(network, self.test, self.batch_size, self.bar.update)
         row, zeros = self.row(pruned, result)
         if isinstance(network, SparseNetwork):
             row = _with_notes(row, [SPARSE_NOTE])
@@ -120,6 +123,13 @@ class Evaluator:
         self.sweep.add(row, result.predictions.numpy(), zeros)
         said = f"{level_text(row.level):>5} % pruned, {curve_name(row.curve)}: accuracy {row.accuracy:6.2f} %"
         self.bar.write(f"{said}, {row.seconds:.1f} s" + (f" ({row.notes})" if row.notes else ""))
+
+    def _dense_result(self, checkpoint: str) -> Evaluation:
+        """The answers of an untouched checkpoint, which were evaluated before."""
+        self.bar.update(len(self.test))
+        predictions = torch.from_numpy(self.sweep.dense[checkpoint]).long()
+        correct = int(self.sweep.dense_correct(checkpoint).sum())
+        return Evaluation(predictions, correct, len(predictions), self.sweep.header["dense"][checkpoint]["loss"])
 
     def _kernels(self, curve: Curve) -> nn.Module:
         """The network that runs the weights in `inference`, by sparse kernels where these are asked for."""
@@ -159,6 +169,12 @@ class Evaluator:
             **({name: getattr(before, name) for name in MEASURED} if before else {}),
         )
         return row, counts.by_layer
+
+
+def _is_dense(pruned: PrunedNetwork) -> bool:
+    """Whether a network is the untouched checkpoint: its masks remove nothing, and nothing is recovered."""
+    masks = (buffer for name, buffer in pruned.model.named_buffers() if name.endswith("_mask"))
+    return pruned.curve.recover == "none" and all(bool(mask.all()) for mask in masks)
 
 
 def _with_notes(row: Row, notes: list[str]) -> Row:
