@@ -131,8 +131,8 @@ def _class_folders(folder: Path) -> list[str]:
 def _image_files(folder: Path) -> list[str]:
     """The image files below a class folder, in torchvision's order."""
     places = sorted(os.walk(folder, followlinks=True))
-    files = (Path(place, name) for place, _, names in places for name in sorted(names))
-    return [str(path) for path in files if path.name.lower().endswith(IMAGE_ENDINGS)]
+    files = (f"{place}/{name}" for place, _, names in places for name in sorted(names))
+    return [path for path in files if path.lower().endswith(IMAGE_ENDINGS)]
 
 
 def _decode(path: str, size: int) -> tuple[np.ndarray, bool]:
