@@ -62,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="a network for images of --image_size (an untrained one)")
     add_network_flags(parser, images=512)
     parser.add_argument("--precision", choices=("both", "fp32", "bf16"), default="both", help="of ours (%(default)s)")
+    parser.add_argument("--data_dir", type=Path, help="a folder dataset, for the sweep (1,000 synthetic images)")
     parser.add_argument("--levels", type=int, default=21, help="of the sweep at the end, 0 for none (%(default)s)")
     return parser.parse_args()
 
@@ -117,15 +118,13 @@ def whole_sweep(args: argparse.Namespace, dense: nn.Module) -> dict[str, Any]:
         path = Path(folder) / "network.pth"
         torch.save({"net": dense.state_dict(), "epoch": 0}, path)
         levels = ",".join(f"{100 * index / (args.levels - 1):.10g}" for index in range(args.levels))
-        images = ["--dataset", "synthetic", "--image_size", args.image_size, "--max_test_images", args.images]
+        images = ["--dataset", "folder", "--data_dir", args.data_dir] if args.data_dir else ["--dataset", "synthetic"]
+        images += ["--image_size", args.image_size, "--max_test_images", args.images]
         flags = ["--checkpoint", path, "--images_dir", folder, "--levels", levels, *images, "--device", args.device]
         flags += ["--precision", "auto" if args.precision == "both" else args.precision]
         flags += ["--compile", "on" if args.compile else "off"]
         assert timed("all", pruning.main)([str(flag) for flag in flags]) == 0
-    return {
-        "levels": args.levels,
-        **{part: dict(zip(("clock", "process"), spent[part], strict=True)) for part in spent},
-    }
+    return {"levels": args.levels} | {part: {"clock": both[0], "process": both[1]} for part, both in spent.items()}
 
 
 def print_sweep(sweep: dict[str, Any], images: int) -> None:
