@@ -182,6 +182,7 @@ def evaluate_missing(args: argparse.Namespace, given: inputs.Inputs, panel: work
 
 def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
     """Summary, plots, tables and the sentences that answer the question."""
+    sweep.pack()
     if sensitivity:
         heatmaps.plot_sensitivity(sweep.files)
         print(summary.sensitivity_table(sweep))

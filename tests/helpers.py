@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sparsity.networks.layers import effective_weight
 from sparsity.results.rows import COLUMNS, Row, accuracy_columns, comparison_columns
 from sparsity.results.statistics import halves
 
@@ -111,6 +112,11 @@ def process_of(launcher: subprocess.Popen, rank: int) -> int:
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)
     raise AssertionError(f"rank {rank} is not there")
+
+
+def zeros_by_layer(layers: dict[str, torch.nn.Module]) -> dict[str, int]:
+    """Name -> zeros of the effective weight of each layer, masked or not."""
+    return {name: int((effective_weight(layer) == 0).sum()) for name, layer in layers.items()}
 
 
 def bits(tensor: torch.Tensor) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -54,7 +55,9 @@ def save_figure(figure: Figure, path: Path, message: str, *about: str) -> Path:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font lacks is drawn as boxes
-        figure.savefig(buffer, format="png", dpi=dpi)
+        # `Figure.savefig` would draw everything twice, the first time for the layout alone.
+        figure.set_dpi(dpi)
+        FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(path, buffer.getbuffer())
     return path
 

@@ -9,13 +9,6 @@ from torch import Tensor, nn
 from sparsity.networks.layers import WEIGHTS, Layer, effective_weight
 
 
-@torch.no_grad()
-def zeros_by_layer(layers: dict[str, Layer]) -> dict[str, int]:
-    """Name -> zeros in the effective weight of each layer, masked or not."""
-    kept = _count_nonzero(effective_weight(layer) for layer in layers.values())
-    return {name: layer.weight.numel() - count for (name, layer), count in zip(layers.items(), kept, strict=True)}
-
-
 def _count_nonzero(tensors: Iterable[Tensor]) -> list[int]:
     """How many values of each tensor are not zero; a GPU is waited for once, not once a tensor."""
     counts = [torch.count_nonzero(tensor) for tensor in tensors]
@@ -24,7 +17,10 @@ def _count_nonzero(tensors: Iterable[Tensor]) -> list[int]:
 
 @dataclass(frozen=True)
 class Census:
-    """Counts over a network: `prunable` and `zeros` of the weights of prunable layers, the others of everything."""
+    """Counts over a network: `prunable` and `zeros` of the weights of prunable layers, the others of everything.
+
+    `by_layer` maps each prunable layer to the zeros of its weight, also where that counts as another layer's.
+    """
 
     prunable: int
     zeros: int
@@ -32,6 +28,7 @@ class Census:
     nonzero: int
     macs: int
     macs_remaining: int
+    by_layer: dict[str, int]
 
     @property
     def sparsity(self) -> float:
@@ -65,10 +62,13 @@ def census(model: nn.Module, layers: dict[str, Layer], positions: dict[str, int]
         effective_weight(module) if name in WEIGHTS else tensor for _, module, tensor, name in owned
     )
     seen: set[int] = set()
+    by_layer: dict[str, int] = {}
     for (module_name, _, tensor, name), kept in zip(owned, counts, strict=True):
         if module_name in positions and name in (*WEIGHTS, "in_proj_weight"):
             macs += positions[module_name] * tensor.numel()
             macs_remaining += positions[module_name] * kept
+        if name in WEIGHTS and module_name in layers:
+            by_layer[module_name] = tensor.numel() - kept
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
@@ -77,4 +77,4 @@ def census(model: nn.Module, layers: dict[str, Layer], positions: dict[str, int]
         if name in WEIGHTS and module_name in layers:
             prunable += tensor.numel()
             zeros += tensor.numel() - kept
-    return Census(prunable, zeros, parameters, nonzero, macs, macs_remaining)
+    return Census(prunable, zeros, parameters, nonzero, macs, macs_remaining, by_layer)

@@ -40,6 +40,11 @@ class Allocator:
         layers = zip(self.scores.items(), self.ascending, zeros, strict=True)
         return {name: _mask(scores, column, count) for (name, scores), column, count in layers}, swapped
 
+    def tied(self, sparsity: float) -> list[str]:
+        """The layers of which only some of the weights of equal score are masked at `sparsity`."""
+        layers = zip(self.scores, self.ascending, self.counts(sparsity)[0], strict=True)
+        return [name for name, column, n in layers if 0 < n < len(column) and column[n - 1] == column[n]]
+
 
 def uniform(allocator: Allocator) -> Counts:
     """The same sparsity in every layer: `round(sparsity * n)` of its n weights, as in the study."""

@@ -50,13 +50,13 @@ class Pruner:
         names, allocation = _scope(curve, self.layers)
         layers = {name: model.get_submodule(name) for name in names}
         on_cpu = next(self.network.parameters()).device.type == "cpu"
-        if (curve.criterion, allocation) == ("l1", "uniform") and on_cpu:
-            # As the study does. A GPU sorts once for all levels; of equal magnitudes it may mask others than `topk`.
-            prune_l1_uniform(layers, level / 100)
-            mask_twins(model, layers)
-            return model, []
         masks, swapped = self._allocate(curve).masks(level / 100)
-        apply_masks(layers, masks)
+        if (curve.criterion, allocation) == ("l1", "uniform") and on_cpu:
+            # Of equal magnitudes at the threshold the study's call masks others; on a GPU it depends on the kernels.
+            tied = self._allocate(curve).tied(level / 100)
+            prune_l1_uniform({name: layers[name] for name in tied}, level / 100)
+            masks = {name: mask for name, mask in masks.items() if name not in tied}
+        apply_masks({name: layers[name] for name in masks}, masks)
         mask_twins(model, layers)
         return model, [*self._notes, *_swap_notes(swapped, "weight")]
 

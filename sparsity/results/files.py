@@ -23,9 +23,11 @@ class SweepFiles:
     csv = property(lambda self: self.with_suffix(".csv"))
     json = property(lambda self: self.with_suffix(".json"))
     npz = property(lambda self: self.with_suffix(".npz"))
+    journal = property(lambda self: self.with_suffix(".journal"))  # rows that are not in the NPZ yet
     png = property(lambda self: self.with_suffix(".png"))
     controls = property(lambda self: self.with_suffix("_controls.csv"))
-    data = property(lambda self: (self.csv, self.npz, self.json, self.controls))  # figures are drawn from these
+    # Figures are drawn from these.
+    data = property(lambda self: (self.csv, self.journal, self.npz, self.json, self.controls))
 
     def state(self, checkpoint: str, curve: Curve) -> Path:
         """The network of the last level of an unfinished iterative curve, the same whichever process works on it."""
@@ -43,7 +45,7 @@ class SweepFiles:
 
     def drop_parts(self) -> None:
         """Remove the files of all parts."""
-        for suffix in (".csv", ".npz", ".json"):
+        for suffix in (".csv", ".journal", ".npz", ".json"):
             self._remove(f"_part[0-9]*{suffix}")
 
     def _glob(self, pattern: str) -> list[Path]:
@@ -57,7 +59,8 @@ class SweepFiles:
         """Rename the data files to `.old` until the new ones are complete; those of an earlier, complete sweep stay."""
         complete = self.csv.exists() or _old(self.csv).exists()
         for path in self.data:
-            if complete and path.exists() and not _old(path).exists():
+            before = _old(self.npz if path == self.journal else path)  # a journal belongs to the NPZ beside it
+            if complete and path.exists() and not before.exists():
                 path.replace(_old(path))
             path.unlink(missing_ok=True)
 

@@ -2,19 +2,19 @@
 
 import copy
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sparsity.results.files import SweepFiles
+from sparsity.results.predictions import Arrays, append_row, read_journal, read_npz, write_npz
 from sparsity.results.rows import WAYS_OUT, Row, read_rows, row_key, write_rows
 from sparsity.results.settings import curve_rank, recorded_names, require_header, require_same
 from sparsity.system.errors import UserError, one_line
-from sparsity.system.files import write_atomic, write_json
+from sparsity.system.files import write_json
 from sparsity.system.methods import Curve
 
 IMAGES = ("calibration_sha256", "training_sha256")  # hashes in the JSON, of images of the training split
@@ -26,8 +26,9 @@ class Sweep:
     """The rows of a sweep with their predictions, on disk after every change.
 
     `header` is the content of the JSON, `labels` [N] the true classes, `layers` the number of weights of each prunable
-    layer by name, `zeros` for each row how many of them are zero, [L] in the order of `layers`. The NPZ is written
-    before the CSV, so a run killed between the two loses that row and nothing else.
+    layer by name, `zeros` for each row how many of them are zero, [L] in the order of `layers`. What belongs to a row
+    is written to the journal before the CSV, so a run killed between the two loses that row and nothing else; `pack`
+    brings it into the NPZ.
     """
 
     def __init__(self, files: SweepFiles, header: dict[str, Any], labels: np.ndarray, layers: dict[str, int]):
@@ -52,6 +53,7 @@ class Sweep:
         self.header |= {key: now or self.header.get(key) for key, now in hashes.items()}
         if not self.rows:  # rows go before the new settings come, so that a kill in between cannot pair them
             self.files.set_aside()
+        self.pack()
         write_json(self.files.json, self.header)
 
     def add_dense(self, checkpoint: str, predictions: np.ndarray, figures: dict[str, Any]) -> None:
@@ -80,7 +82,11 @@ class Sweep:
         self._sort()
         if self._credit():
             write_json(self.files.json, self.header)  # before the row, which is then never without its command
-        self._write()
+        if self.files.npz.exists():
+            append_row(self.files.journal, row.key, self.predictions[row.key], self.zeros[row.key])
+        else:
+            self._write_predictions()
+        self._write_rows()
 
     def _credit(self) -> bool:
         """List this run in the JSON's `commands`; returns whether it was not there."""
@@ -124,7 +130,8 @@ class Sweep:
                 self.header["exports"] = self.header.get("exports", {}) | exports
         if parts:
             self._sort()
-            self._write()
+            self._write_predictions()
+            self._write_rows()
             write_json(self.files.json, self.header)
         self.files.drop_parts()
 
@@ -181,25 +188,19 @@ class Sweep:
         few = len(self.header["data"]["classes"]) <= 256
         return np.asarray(predictions).astype(np.uint8 if few else np.uint16)
 
-    def _write(self) -> None:
-        self._write_predictions()
+    def pack(self) -> None:
+        """Bring the journal into the NPZ, where there is one."""
+        if self.files.journal.exists():
+            self._write_predictions()
+
+    def _write_rows(self) -> None:
         write_rows(self.files.csv, (row for key, row in self.rows.items() if key not in self._elsewhere))
 
     def _write_predictions(self) -> None:
-        keys, images = [key for key in self.rows if key not in self._elsewhere], len(self.labels)
-        buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            rows=np.array(keys, dtype=np.str_),
-            predictions=np.array([self.predictions[key] for key in keys]).reshape(-1, images),
-            dense_checkpoints=np.array(list(self.dense), dtype=np.str_),
-            dense_predictions=np.array(list(self.dense.values())).reshape(-1, images),
-            labels=self.labels,
-            layer_names=np.array(list(self.layers), dtype=np.str_),
-            layer_weights=np.array(list(self.layers.values()), dtype=np.int64),
-            layer_zeros=np.array([self.zeros[key] for key in keys], dtype=np.int64).reshape(-1, len(self.layers)),
-        )
-        write_atomic(self.files.npz, buffer.getbuffer())
+        keys = [key for key in self.rows if key not in self._elsewhere]
+        tables = [{key: table[key] for key in keys} for table in (self.predictions, self.zeros)]
+        write_npz(self.files.npz, Arrays(self.labels, self.layers, *tables, self.dense))
+        self.files.journal.unlink(missing_ok=True)
 
 
 def open_sweep(
@@ -258,7 +259,7 @@ def join_parts(files: SweepFiles, restart: bool = False) -> None:
 def read_sweep(files: SweepFiles) -> Sweep:
     """Read a sweep's files. Raises UserError when one is not readable or does not fit the others.
 
-    Predictions without a row are dropped: the NPZ is written first, so a kill in between leaves one such.
+    Predictions without a row are dropped: they are written first, so a kill in between leaves some of one row.
     """
     if not files.json.exists():
         raise UserError(f"{files.csv} has no {files.json.name} beside it that tells its settings; {WAYS_OUT}")
@@ -267,12 +268,12 @@ def read_sweep(files: SweepFiles) -> Sweep:
         header = json.loads(files.json.read_text())
         require_header(header)
         damaged = files.npz
-        with np.load(files.npz, allow_pickle=False) as arrays:
-            names, weights, labels = arrays["layer_names"].tolist(), arrays["layer_weights"].tolist(), arrays["labels"]
-            sweep = Sweep(files, header, labels, dict(zip(names, weights, strict=True)))
-            predictions = _table(arrays, "rows", "predictions", len(labels))
-            zeros = _table(arrays, "rows", "layer_zeros", len(names))
-            dense = _table(arrays, "dense_checkpoints", "dense_predictions", len(labels))
+        labels, layers, predictions, zeros, dense = read_npz(files.npz)
+        sweep = Sweep(files, header, labels, layers)
+        if files.journal.exists():
+            damaged = files.journal
+            for key, found, counts in read_journal(files.journal, len(labels), len(layers)):
+                predictions[key], zeros[key] = found, counts
         sweep.rows = rows
         sweep.predictions, sweep.zeros = {key: predictions[key] for key in rows}, {key: zeros[key] for key in rows}
         sweep.dense = {name: dense[name] for name in header["dense"]}
@@ -281,11 +282,3 @@ def read_sweep(files: SweepFiles) -> Sweep:
         reason = one_line(error)[:120] or type(error).__name__
         raise UserError(f"{damaged} cannot be read ({reason}); {WAYS_OUT}") from error
     return sweep
-
-
-def _table(arrays: Mapping[str, np.ndarray], keys: str, values: str, width: int) -> dict[str, np.ndarray]:
-    """Key -> its line of the array `values`; ValueError unless that holds whole numbers, [keys, width]."""
-    names, table = arrays[keys].tolist(), arrays[values]
-    if table.shape != (len(names), width) or table.dtype.kind not in "iu":
-        raise ValueError("its arrays do not fit each other")
-    return dict(zip(names, table, strict=True))

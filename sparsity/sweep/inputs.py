@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsity.data.calibration import AUGMENTATIONS, Augmentation, Calibration, draw_calibration
 from sparsity.data.images import CIFAR10_STATISTICS, CIFAR100_STATISTICS, Split, class_balanced_order
-from sparsity.data.sources import Source, load_split
+from sparsity.data.sources import Pick, Source, load_split
 from sparsity.networks.checkpoint import Checkpoint, newest
 from sparsity.networks.families import load_network, named
 from sparsity.networks.inference import inference_copy
@@ -89,8 +89,7 @@ class Inputs:
 def load_inputs(args: argparse.Namespace) -> Inputs:
     """Read the checkpoints and the test images that the flags name; UserError where they cannot be swept together."""
     paths = args.checkpoint or [newest(args.checkpoint_dir)]
-    described = describe_checkpoints(args, paths)
-    saved, dense = load_network(paths[0], named(args.arch, args.arch_args))
+    described, (saved, dense) = describe_checkpoints(args, paths)
     source = find_source(saved, args.dataset, args.data_dir, args.image_size)
     mean, std = find_normalisation(saved, source, args.mean, args.std)
     told = {"image_size": source.image_size, "mean": mean, "std": std}
@@ -138,8 +137,7 @@ def _constants(statistics: tuple[list[float], list[float]]) -> str:
 
 def load_test_images(source: Source, saved: Checkpoint, max_images: int | None) -> tuple[Split, list[str]]:
     """The first `max_images` (or all) test images in the fixed, class-balanced order, and the names of the classes."""
-    test, classes = _load(source, saved, train=False)
-    test = test.take(class_balanced_order(test.labels)[:max_images])
+    test, classes = _load(source, saved, False, lambda labels: class_balanced_order(labels)[:max_images])
     if len(test) < 2 * len(classes):
         raise UserError(
             f"{len(test)} test images are too few for {len(classes)} classes: a level is chosen on one half of them "
@@ -162,7 +160,7 @@ def load_training_images(
     if not calibrated and not tuned:
         return None, None
     with processes.first_alone():
-        train, _ = _load(given.source, given.saved, train=True)
+        train, _ = _load(given.source, given.saved, True)
     calibration = None
     if calibrated:
         if asked and asked > len(train):
@@ -205,10 +203,10 @@ def find_augmentation(args: argparse.Namespace, given: Inputs, train: Split, kno
     return chosen
 
 
-def _load(source: Source, saved: Checkpoint, train: bool) -> tuple[Split, list[str]]:
+def _load(source: Source, saved: Checkpoint, train: bool, pick: Pick | None = None) -> tuple[Split, list[str]]:
     """A split, normalised as `saved.data` tells; UserError unless both tell the same classes apart."""
     data, num_classes = saved.data, saved.model["num_classes"]
-    split, classes = load_split(source, train, (tuple(data["mean"]), tuple(data["std"])))
+    split, classes = load_split(source, train, (tuple(data["mean"]), tuple(data["std"])), pick)
     if len(classes) != num_classes:
         raise UserError(f"{saved.path} tells {num_classes} classes apart, {source.name} has {len(classes)}")
     if data.get("classes", classes) != classes:
@@ -220,15 +218,18 @@ def _load(source: Source, saved: Checkpoint, train: bool) -> tuple[Split, list[s
     return split, classes
 
 
-def describe_checkpoints(args: argparse.Namespace, paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """Name -> hash and epoch of every checkpoint, after making sure that all can be read and belong together.
+def describe_checkpoints(
+    args: argparse.Namespace, paths: list[Path]
+) -> tuple[dict[str, dict[str, Any]], tuple[Checkpoint, nn.Module]]:
+    """Name -> hash and epoch of every checkpoint, and the first one with its network; all are made sure to be readable.
 
     Says in which settings, beside the seed, their trainings differ.
     """
     described: dict[str, dict[str, Any]] = {}
-    alike, trained = [], []
+    alike, trained, first = [], [], None
     for name, path in zip(distinct_names(paths), paths, strict=True):
-        saved, _ = load_network(path, named(args.arch, args.arch_args))
+        saved, network = load_network(path, named(args.arch, args.arch_args))
+        first = first or (saved, network)
         twins = [other for other, entry in described.items() if entry["sha256"] == saved.sha256]
         if twins or name in described:
             raise UserError(f"--checkpoint {path} is the same as {(twins or [name])[0]}; name each one once")
@@ -243,7 +244,7 @@ def describe_checkpoints(args: argparse.Namespace, paths: list[Path]) -> dict[st
     differing = [key for key in RECIPE if len({repr(settings.get(key)) for settings in trained}) > 1]
     if differing:
         print(f"the checkpoints differ in more than the seed of their training: {', '.join(differing)}")
-    return described
+    return described, first
 
 
 def distinct_names(paths: list[Path]) -> list[str]:

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsity.data.images import Split, normalise
-from sparsity.networks.census import census, zeros_by_layer
+from sparsity.networks.census import census
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import Evaluation, evaluate, evaluate_shared
 from sparsity.networks.inference import refresh
@@ -107,7 +107,10 @@ class Evaluator:
         """Count and evaluate a pruned network, add its row, and print it."""
         refresh(self.inference, pruned.model)
         network = self._kernels(pruned.curve)
-        result = evaluate(network, self.test, self.batch_size, self.bar.update)
+        if network is self.network and _is_dense(pruned):
+            result = self._dense_result(pruned.checkpoint)
+        else:
+            result = evaluate(network, self.test, self.batch_size, self.bar.update)
         row, zeros = self.row(pruned, result)
         if isinstance(network, SparseNetwork):
             row = _with_notes(row, [SPARSE_NOTE])
@@ -121,6 +124,13 @@ class Evaluator:
         said = f"{level_text(row.level):>5} % pruned, {curve_name(row.curve)}: accuracy {row.accuracy:6.2f} %"
         self.bar.write(f"{said}, {row.seconds:.1f} s" + (f" ({row.notes})" if row.notes else ""))
 
+    def _dense_result(self, checkpoint: str) -> Evaluation:
+        """The answers of an untouched checkpoint, which were evaluated before."""
+        self.bar.update(len(self.test))
+        predictions = torch.from_numpy(self.sweep.dense[checkpoint]).long()
+        correct = int(self.sweep.dense_correct(checkpoint).sum())
+        return Evaluation(predictions, correct, len(predictions), self.sweep.header["dense"][checkpoint]["loss"])
+
     def _kernels(self, curve: Curve) -> nn.Module:
         """The network that runs the weights in `inference`, by sparse kernels where these are asked for."""
         if self.engine == "sparse" and not curve.prunes_filters:  # without filters, a network is dense and smaller
@@ -133,8 +143,9 @@ class Evaluator:
         """The row of a pruned network without its further measurements, and the zeros of each layer."""
         sweep, predictions = self.sweep, result.predictions.numpy()
         prunable = {name: pruned.model.get_submodule(name) for name in self.layers}
-        counts, zeros = census(pruned.model, prunable, self.positions), zeros_by_layer(prunable)
-        notes, empty = list(pruned.notes), sum(zeros[name] == layer.weight.numel() for name, layer in prunable.items())
+        counts = census(pruned.model, prunable, self.positions)
+        empty = sum(counts.by_layer[name] == layer.weight.numel() for name, layer in prunable.items())
+        notes = list(pruned.notes)
         if empty and pruned.level < 100:
             notes.append(f"{empty} layer{'s' * (empty > 1)} without weights")
         if not way_of(pruned.model).traced:
@@ -157,7 +168,13 @@ class Evaluator:
             notes="; ".join(notes),
             **({name: getattr(before, name) for name in MEASURED} if before else {}),
         )
-        return row, zeros
+        return row, counts.by_layer
+
+
+def _is_dense(pruned: PrunedNetwork) -> bool:
+    """Whether a network is the untouched checkpoint: its masks remove nothing, and nothing is recovered."""
+    masks = (buffer for name, buffer in pruned.model.named_buffers() if name.endswith("_mask"))
+    return pruned.curve.recover == "none" and all(bool(mask.all()) for mask in masks)
 
 
 def _with_notes(row: Row, notes: list[str]) -> Row:

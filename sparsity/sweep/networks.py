@@ -1,7 +1,7 @@
 """A checkpoint while it is swept: its dense network, pruner and recovery, and where an iterative curve goes on."""
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -54,9 +54,16 @@ class Networks:
     layers: tuple[str, ...]
     calibration: Calibration | None
     train: Split | None
+    _last: list[Network] = field(default_factory=list, init=False)  # the one that was opened last
 
     def open(self, name: str) -> Network:
-        """Read a checkpoint; UserError when it is another one than the sweep began with."""
+        """A checkpoint, read unless it was the last one; UserError when it is another one than the sweep began with."""
+        if [network.name for network in self._last] != [name]:
+            self._last[:] = []  # frees it before the next one is read
+            self._last.append(self._read(name))
+        return self._last[0]
+
+    def _read(self, name: str) -> Network:
         path, entry = list(zip(self.given.paths, self.given.described.values(), strict=True))[self.names.index(name)]
         saved, dense = load_network(path, self.given.saved.model)
         if saved.sha256 != entry["sha256"]:

@@ -86,9 +86,7 @@ def _measure(
     """Write the figures of the network in `folder`: memory while it is alone, then times in turns."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it: torch has it sent when the parent process is gone
     torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = True
-    if repeatable:  # only then, because it imports the compiler, which takes 160 MB
-        make_deterministic(True)
+    make_deterministic(repeatable)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -90,8 +90,8 @@ def level_costs(
 
 def images_per_second(network: nn.Module, test: Split, batch_size: int) -> float:
     """The speed of evaluating `network`, on the first few batches, after a warm-up."""
-    few = test.take(torch.arange(min(len(test), 4 * batch_size)))
-    evaluate(network, few, batch_size)
+    few = test.take(torch.arange(min(len(test), 2 * batch_size)))
+    evaluate(network, few.take(torch.arange(min(len(few), batch_size))), batch_size)
     started = time.perf_counter()
     evaluate(network, few, batch_size)
     return len(few) / (time.perf_counter() - started)

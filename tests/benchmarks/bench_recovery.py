@@ -27,7 +27,7 @@ from sparsity.data.calibration import draw_calibration
 from sparsity.data.images import CIFAR10_STATISTICS, Split
 from sparsity.data.sources import Source, load_split
 from sparsity.networks import families
-from sparsity.networks.census import zeros_by_layer
+from sparsity.networks.census import census
 from sparsity.networks.evaluation import default_batch_size, evaluate
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import prunable_layers
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> None:
     parts = split_time(device)
     spent = seconds(lambda: notes.extend(RECOVERIES[args.only](model, means, 0)), device)
     evaluating = seconds(lambda: evaluate(inference, test, default_batch_size(device)), device)
-    zeros = sum(zeros_by_layer({name: model.get_submodule(name) for name in layers}).values())
+    zeros = census(model, {name: model.get_submodule(name) for name in layers}, {}).zeros
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20

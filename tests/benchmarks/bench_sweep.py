@@ -1,23 +1,26 @@
 """Time the evaluation of a pruned ResNet-50: the reference's loop against ours, same images, same checkpoint, one run.
 
-    python tests/benchmarks/bench_sweep.py [--checkpoint FILE] [--images 512] [--repeats 3] [--compile] [--levels 3]
+    python tests/benchmarks/bench_sweep.py [--checkpoint FILE] [--images 512] [--repeats 3] [--compile] [--levels 21]
 
 (a) is the loop of the reference study: masks as hooks, BatchNorm apart, float32, NCHW, batches of 128. (b) and (c) are
 the inference copy of `sparsity/networks` in float32 and in bfloat16; (d) and (e), with `--compile`, these two through
 `torch.compile`. They take turns, and medians are compared. Without a checkpoint the network is untrained, which costs
 the same time; agreement is then of no meaning.
 
-Afterwards whole levels of l1 uniform, spread over 0 to 100 %, as pruning.py makes them: prune, count, refresh,
-evaluate, in the precision that `--precision auto` takes on this machine, compiled where `--compile` is given. Files are
-not part of it.
+Afterwards a sweep of l1 uniform by pruning.py, of levels spread over 0 to 100 %, in the precision that `--precision
+auto` takes on this machine: how much of its time, figures apart, is not evaluation.
 """
 
 import argparse
 import copy
+import io
 import statistics
 import sys
+import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,16 +42,16 @@ from timing import (
     write_figures,
 )
 
+import pruning
 from sparsity.data.images import CIFAR10_STATISTICS, Split, normalise
-from sparsity.networks.census import census, zeros_by_layer
-from sparsity.networks.evaluation import default_batch_size, evaluate
+from sparsity.figures import accuracy
+from sparsity.networks.evaluation import default_batch_size, evaluate, evaluate_shared
 from sparsity.networks.families import load_network
 from sparsity.networks.inference import compiled, inference_copy, refresh
-from sparsity.networks.layers import positions_per_image, prunable_layers
+from sparsity.networks.layers import prunable_layers
 from sparsity.prune.masks import prune_l1_uniform
-from sparsity.prune.pruner import Pruner
-from sparsity.system.machine import DTYPES, describe_machine, resolve_precision
-from sparsity.system.methods import Curve
+from sparsity.sweep import level
+from sparsity.system.machine import DTYPES, describe_machine
 
 BATCH = 128
 LEVEL = 0.4
@@ -59,7 +62,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="a network for images of --image_size (an untrained one)")
     add_network_flags(parser, images=512)
     parser.add_argument("--precision", choices=("both", "fp32", "bf16"), default="both", help="of ours (%(default)s)")
-    parser.add_argument("--levels", type=int, default=3, help="whole levels at the end (%(default)s)")
+    parser.add_argument("--data_dir", type=Path, help="a folder dataset, for the sweep (1,000 synthetic images)")
+    parser.add_argument("--levels", type=int, default=21, help="of the sweep at the end, 0 for none (%(default)s)")
     return parser.parse_args()
 
 
@@ -94,45 +98,45 @@ def make_contestants(
     return works, kinds
 
 
-def whole_levels(args: argparse.Namespace, dense: nn.Module, test: Split) -> dict[str, Any]:
-    """Seconds of `--levels` levels, and how many of them were not evaluation."""
-    device = test.images.device
-    precision = args.precision if args.precision != "both" else resolve_precision("auto", device)
-    batch_size = default_batch_size(device)
-    example = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
-    names, positions = list(prunable_layers(dense, example)), positions_per_image(dense, example)
-    inference = inference_copy(dense, DTYPES[precision])
-    networks: list[nn.Module] = [inference]
-    compiling = seconds(lambda: networks.append(compiled(inference, test, batch_size)), device) if args.compile else 0.0
-    evaluate(networks[-1], test.take(torch.arange(min(batch_size, len(test)))), batch_size)  # warm-up
-    evaluating: list[float] = []
+def whole_sweep(args: argparse.Namespace, dense: nn.Module) -> dict[str, Any]:
+    """Seconds of a sweep by pruning.py, by the clock and of this process, and those of evaluating and drawing."""
+    spent: dict[str, tuple[float, float]] = {}
 
-    def levels() -> None:
-        pruner = Pruner(dense, names, None, 0)
-        for index in range(args.levels):
-            model, _ = pruner.prune(Curve("l1", "uniform", "none"), 100 * index / max(1, args.levels - 1))
-            layers = {name: model.get_submodule(name) for name in names}
-            census(model, layers, positions)
-            zeros_by_layer(layers)
-            refresh(inference, model)
-            evaluating.append(seconds(lambda: evaluate(networks[-1], test, batch_size), device))
+    def timed(part: str, function: Callable) -> Callable:
+        def call(*given: Any, **named: Any) -> Any:
+            before = time.perf_counter(), time.process_time()
+            result = function(*given, **named)
+            after, known = (time.perf_counter(), time.process_time()), spent.get(part, (0.0, 0.0))
+            spent[part] = tuple(old + end - start for old, end, start in zip(known, after, before, strict=True))
+            return result
 
-    total = seconds(levels, device)
-    return {
-        "levels": args.levels,
-        "precision": precision,
-        "seconds": total,
-        "seconds_outside_evaluation": total - sum(evaluating),
-        "seconds_of_compiling": compiling,
-    }
+        return call
+
+    level.evaluate, level.evaluate_shared = (timed("evaluating", each) for each in (evaluate, evaluate_shared))
+    accuracy.plot_all = timed("drawing", accuracy.plot_all)
+    with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        path = Path(folder) / "network.pth"
+        torch.save({"net": dense.state_dict(), "epoch": 0}, path)
+        levels = ",".join(f"{100 * index / (args.levels - 1):.10g}" for index in range(args.levels))
+        images = ["--dataset", "folder", "--data_dir", args.data_dir] if args.data_dir else ["--dataset", "synthetic"]
+        images += ["--image_size", args.image_size, "--max_test_images", args.images]
+        flags = ["--checkpoint", path, "--images_dir", folder, "--levels", levels, *images, "--device", args.device]
+        flags += ["--precision", "auto" if args.precision == "both" else args.precision]
+        flags += ["--compile", "on" if args.compile else "off"]
+        assert timed("all", pruning.main)([str(flag) for flag in flags]) == 0
+    return {"levels": args.levels} | {part: {"clock": both[0], "process": both[1]} for part, both in spent.items()}
 
 
-def print_levels(levels: dict[str, Any], images: int) -> None:
-    total, outside = levels["seconds"], levels["seconds_outside_evaluation"]
+def print_sweep(sweep: dict[str, Any], images: int) -> None:
+    told = []
+    for kind in ("clock", "process"):
+        total = sweep["all"][kind] - sweep["drawing"][kind]
+        outside = total - sweep["evaluating"][kind]
+        told.append(f"{total:.1f} s, of which {outside:.1f} s ({100 * outside / total:.1f} %) outside evaluation")
+    drawing = f"{sweep['drawing']['clock']:.1f} s and {sweep['drawing']['process']:.1f} s"
     print(
-        f"{levels['levels']} whole levels of {images:,} images in {levels['precision']}: {total:.2f} s, of which "
-        f"{outside:.2f} s outside evaluation ({100 * outside / total:.1f} %); compiling before them "
-        f"{levels['seconds_of_compiling']:.1f} s"
+        f"a sweep of {sweep['levels']} levels of {images:,} images, without imports: by the clock {told[0]}; of the "
+        f"processor {told[1]}; figures {drawing}"
     )
 
 
@@ -164,10 +168,10 @@ def main() -> None:
     last = list(times)[-1]
     share = 100 * masking / (10_000 * statistics.median(times[last]) / args.images)
     print(f"masks of one level on the CPU: {masking:.2f} s, {share:.1f} % of a level of 10,000 images by {last}")
-    levels = whole_levels(args, dense, test) if args.levels else None
-    if levels:
-        print_levels(levels, args.images)
-    write_figures(args.json, device, {"images": args.images, "contestants": figures, "whole_levels": levels})
+    sweep = whole_sweep(args, dense) if args.levels > 1 else None
+    if sweep:
+        print_sweep(sweep, args.images)
+    write_figures(args.json, device, {"images": args.images, "contestants": figures, "sweep": sweep})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES, write_image_folder
+from PIL import Image
 from torchvision import datasets
+from torchvision.transforms import v2 as transforms
 
 from sparsity.data.images import CIFAR10_STATISTICS
 from sparsity.data.sources import Source, load_split
@@ -31,6 +33,23 @@ def test_a_folder_is_read_with_labels_by_class_name(tmp_path, capsys):
     split, _ = load_split(Source("folder", root, 16), train=False)
     assert split.images.shape == (24, 3, 16, 16)
     assert "24 of 24 test images were resized to 16 pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [8, 5])
+def test_a_folder_is_read_as_torchvision_reads_it_and_a_choice_of_it_too(tmp_path, size):
+    """Folders in folders, endings in capitals, files that are no images, grey ones, other sizes."""
+    root = write_image_folder(tmp_path / "images", train=2, test=4)
+    red = root / "test" / "red"
+    (red / "Deeper").mkdir()
+    Image.open(red / "001.png").convert("L").resize((9, 6)).save(red / "Deeper" / "GREY.JPG")
+    (red / "Thumbs.db").write_bytes(b"no image")
+    expected = datasets.ImageFolder(str(root / "test"), transforms.Resize([size, size]))
+    images = np.stack([np.asarray(image).transpose(2, 0, 1) for image, _ in expected])
+    split, classes = load_split(Source("folder", root, size), train=False)
+    assert classes == expected.classes and split.labels.tolist() == expected.targets and len(split) == 13
+    assert np.array_equal(split.images.numpy(), images)
+    some, _ = load_split(Source("folder", root, size), False, None, lambda labels: (labels == 1).nonzero()[[4, 0], 0])
+    assert np.array_equal(some.images.numpy(), images[[8, 4]]) and some.labels.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ WIDE = {"stem": 200, "down": 800}
 def saved(sweep):
     """The files of a sweep that is on disk."""
     sweep.record("title", "a title")
-    sweep._write()
+    sweep._write_predictions()
+    sweep._write_rows()
     return sweep.files
 
 

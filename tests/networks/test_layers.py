@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import Build_Resnet
-from sparsity.networks.census import census, zeros_by_layer
+from sparsity.networks.census import census
 from sparsity.networks.layers import (
     effective_weight,
     exclude,
@@ -97,10 +97,10 @@ def test_counts_by_hand(small_net):
     assert counts.sparsity == 50
     assert counts.compression == counts.parameters / counts.nonzero
     assert counts.macs_ratio == counts.macs / counts.macs_remaining
-    assert zeros_by_layer(layers) == {"stem": stem // 2, "down": down // 2, "hidden": hidden // 2}
+    assert counts.by_layer == {"stem": stem // 2, "down": down // 2, "hidden": hidden // 2}
     with torch.no_grad():
         for parameter in small_net.parameters():
             parameter.zero_()  # leaves `weight` stale under a mask
     counts = census(small_net, layers, positions)
     assert (counts.sparsity, counts.compression, counts.macs_ratio) == (100, float("inf"), float("inf"))
-    assert sum(zeros_by_layer(layers).values()) == counts.zeros == counts.prunable
+    assert sum(counts.by_layer.values()) == counts.zeros == counts.prunable

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import bits, same_bits
+from helpers import bits, same_bits, zeros_by_layer
 from torch.nn.utils import prune
 
-from sparsity.networks.census import census, zeros_by_layer
+from sparsity.networks.census import census
 from sparsity.networks.layers import positions_per_image, prunable_layers
 from sparsity.prune.allocation import Allocator
 from sparsity.prune.masks import apply_masks, prune_l1_uniform

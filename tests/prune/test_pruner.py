@@ -12,6 +12,7 @@ from sparsity.networks.layers import effective_weight, prunable_layers, unmasked
 from sparsity.prune import pruner as module
 from sparsity.prune.allocation import ALLOCATIONS, Allocator
 from sparsity.prune.criteria import CRITERIA, score
+from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner
 from sparsity.system.methods import ONE_LAYER, Curve
 
@@ -46,7 +47,20 @@ def test_scores_are_computed_once_for_a_criterion_and_sorted_once_for_a_curve(pr
         for level in (30, 60):
             pruner.prune(Curve(*names), level)
     assert scored == ["l1", "activation"]
-    assert sorted_ == ["global", "erk", "global", "uniform", "erk"]  # l1 of one layer is torch's own call
+    assert sorted_ == ["global", "uniform", "erk"] * 2
+
+
+@pytest.mark.parametrize("steps", [1e-9, 0.05])
+def test_l1_uniform_masks_what_the_study_masks_also_of_equal_magnitudes(pruner, steps):
+    """In steps of 0.05 about ten weights of a layer share each magnitude."""
+    for name in LAYERS:
+        weight = pruner.network.get_submodule(name).weight.detach()
+        weight.copy_((weight / steps).round() * steps)
+    for level in (0, 5, 33, 50, 95, 100):
+        by_call = copy.deepcopy(pruner.network)
+        prune_l1_uniform({name: by_call.get_submodule(name) for name in LAYERS}, level / 100)
+        model, notes = pruner.prune(Curve("l1", "uniform", "batchnorm"), level)
+        assert same_bits(model.state_dict(), by_call.state_dict()) and notes == []
 
 
 def test_a_curve_of_one_layer_prunes_that_layer_alone_and_swaps_are_told_at_their_level_alone(pruner):

@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import awaken
-from helpers import rows_of, same_bits, sweep, without_seconds
+from helpers import rows_of, same_bits, sweep, without_seconds, zeros_by_layer
 
 import Build_Resnet
 import pruning
 from sparsity.data.calibration import Augmentation, draw_calibration
 from sparsity.data.images import normalise
-from sparsity.networks.census import zeros_by_layer
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import prunable_layers
 from sparsity.prune.filters import thin

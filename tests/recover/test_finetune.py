@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import awaken
+from helpers import zeros_by_layer
 
 import Build_Resnet
 from sparsity.data.images import normalise
-from sparsity.networks.census import zeros_by_layer
 from sparsity.networks.layers import prunable_layers
 from sparsity.prune.filters import thin
 from sparsity.prune.masks import prune_l1_uniform

@@ -132,7 +132,7 @@ def test_curves_stand_in_the_order_of_the_header_then_by_alphabet_and_going_on_w
 
 
 def test_a_restart_sets_complete_rows_aside_until_the_new_ones_are_complete(files):
-    fill(files)
+    fill(files).pack()
     old = contents(files)
     sweep = reopen(files, header(precision="bf16"), restart=True)
     assert contents(files) == old  # what can fail comes before rows go
@@ -143,7 +143,7 @@ def test_a_restart_sets_complete_rows_aside_until_the_new_ones_are_complete(file
     add(sweep, made_row(5.0))
     begin(files, header(precision="bf16"), restart=True)  # again, after a kill: the partial rows go, the complete stay
     assert aside.items() <= contents(files).items()
-    assert not files.csv.exists()
+    assert not [path for path in contents(files) if path == files.csv or ".journal" in path.name]
     files.drop_old()
     assert not aside.keys() & contents(files).keys()
 
@@ -198,14 +198,42 @@ def test_every_command_that_added_rows_is_kept_with_its_machine_and_versions(fil
     assert commands(files) == [("all again", 1)]
 
 
-def test_a_kill_between_npz_and_csv_loses_only_that_row(files):
-    fill(files, (0.0,))
-    csv = files.csv.read_bytes()
-    add(reopen(files), made_row(40.0))
-    files.csv.write_bytes(csv)
+@pytest.mark.parametrize("last", [20.0, 40.0])
+def test_a_kill_while_a_row_is_written_loses_only_that_row_and_the_sweep_goes_on(files, last):
+    """Whatever part of the last line of the journal is on the disk; a row that is measured again is not lost either."""
+    sweep = fill(files, (0.0, 20.0))
+    csv, before = files.csv.read_bytes(), files.journal.stat().st_size
+    add(sweep, made_row(last))
+    complete, npz = files.journal.read_bytes(), files.npz.read_bytes()
+    for length in (before, before + 1, len(complete) - 1, len(complete)):
+        for path, content in ((files.npz, npz), (files.csv, csv), (files.journal, complete[:length])):
+            path.write_bytes(content)
+        found = reopen(files)
+        assert [each.level for each in found.table()] == [0, 20]
+        assert set(found.predictions) == {made_row(0.0).key, made_row(20.0).key}
+        found.begin()
+        assert not files.journal.exists()
+        add(found, made_row(60.0))
+        again = read_sweep(files)
+        assert [each.level for each in again.table()] == [0, 20, 60]
+        assert all(np.array_equal(again.predictions[row.key], made_predictions(row.level)) for row in again.table())
+
+
+def test_a_row_is_appended_and_the_npz_holds_all_in_the_end(files):
+    sweep = begin(files)
+    npz, sizes = files.npz.read_bytes(), []
+    for level in range(10, 50):
+        add(sweep, made_row(float(level)))
+        sizes.append(files.journal.stat().st_size)
+    assert files.npz.read_bytes() == npz and len(set(np.diff(sizes))) == 1  # a row costs the same, whichever it is
     found = read_sweep(files)
-    assert [each.level for each in found.table()] == [0]
-    assert set(found.predictions) == {made_row(0.0).key}
+    sweep.pack()
+    assert not files.journal.exists()
+    packed = read_sweep(files)
+    assert packed.table() == found.table() and len(found.table()) == 40
+    for key, predictions in found.predictions.items():
+        assert np.array_equal(packed.predictions[key], predictions)
+        assert np.array_equal(packed.zeros[key], found.zeros[key])
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -240,8 +268,9 @@ def test_parts_of_several_processes_are_joined_in_the_order_of_one(files, killed
 def test_damaged_files_are_told_in_one_line_or_mean_the_same(files):
     """Bytes flipped, cut and spliced at seeded places of each file, in the deflate streams of the NPZ too."""
     fill(files)
+    assert files.journal.exists()
     draw, whole = random.Random(0), read_sweep(files)
-    for path in (files.csv, files.json, files.npz):
+    for path in (files.csv, files.json, files.npz, files.journal):
         good = path.read_bytes()
         for _ in range(60):
             place, kind = draw.randrange(len(good)), draw.randrange(3)
@@ -253,7 +282,7 @@ def test_damaged_files_are_told_in_one_line_or_mean_the_same(files):
                 assert files.stem.name in str(error) and "\n" not in str(error)
             else:
                 same = (np.array_equal(found.predictions[key], whole.predictions[key]) for key in found.rows)
-                assert path != files.npz or all(same)
+                assert path not in (files.npz, files.journal) or all(same)
         path.write_bytes(good)
 
 
@@ -280,7 +309,7 @@ def test_arrays_that_do_not_fit_each_other_or_claim_an_absurd_shape_are_damage(f
         ("labels", np.array([None, 1])),
         ("layer_zeros", np.array([[21], [21]])),
     ):
-        whole._write()
+        whole._write_predictions()
         rewrite(files, name, bad)
         with pytest.raises(UserError, match=r"net_pruning.npz cannot be read.*--restart"):
             read_sweep(files)

@@ -10,8 +10,10 @@ from PIL import Image
 from plain_loop import load_images, plain_result
 
 from sparsity.networks import checkpoint
+from sparsity.networks.evaluation import evaluate
 from sparsity.results.statistics import wilson_interval
 from sparsity.results.store import read_sweep
+from sparsity.sweep import level
 
 TABLE = "colours_resnet18_pruning.csv"
 
@@ -95,6 +97,20 @@ def test_rows_of_other_settings_need_another_name_or_a_restart(swept_at_two, tin
     assert sweep(tmp_path, *arguments, "--max_test_images", 12, "--restart") == 0
     assert [row["level"] for row in rows_of(swept_at_two)] == ["0", "50"]
     assert not list(tmp_path.glob("*.old"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_level_that_does_nothing_is_not_evaluated_and_has_the_same_row(tiny_checkpoint, tmp_path, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(level, "evaluate", lambda *given: evaluated.append(1) or evaluate(*given))
+    flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,0.001,50", "--criterion", "l1", "filter_l1"]
+    flags += ["--recover", "none", "batchnorm", "--calibration_images", "16"]
+    assert sweep(tmp_path / "once", *flags) == 0
+    assert len(evaluated) == 12 - 4
+    monkeypatch.setattr(level, "_is_dense", lambda pruned: False)
+    assert sweep(tmp_path / "again", *flags) == 0
+    assert len(evaluated) == 12 - 4 + 12
+    assert without_seconds(tmp_path / "once" / TABLE) == without_seconds(tmp_path / "again" / TABLE)
 
 
 @pytest.mark.usefixtures("undrawn")
