@@ -34,7 +34,7 @@ from sparsity.sweep.export import Exporter, ExportFiles
 from sparsity.sweep.header import describe_sweep, output_name
 from sparsity.sweep.level import Evaluator, Extra, PrunedNetwork
 from sparsity.sweep.networks import Networks, resume_curve, save_step
-from sparsity.sweep.prepare import prepare_inference, say_what_stays_dense
+from sparsity.sweep.prepare import prepare_inference, say_what_is_coupled, say_what_stays_dense
 from sparsity.sweep.timing import Timer
 from sparsity.system import processes
 from sparsity.system.errors import UserError, command_line, run_main
@@ -107,7 +107,10 @@ def plan(args: argparse.Namespace, given: inputs.Inputs) -> tuple[dict[str, Laye
     example = given.example.to(args.device)
     prunable = exclude(prunable_layers(given.dense, example), args.exclude)
     say_what_stays_dense(given.dense, example)
-    inner = [name for name in inner_convs(given.dense) if name in prunable]
+    if args.couple:
+        inner = list(say_what_is_coupled(given.dense, prunable).groups)
+    else:
+        inner = [name for name in inner_convs(given.dense) if name in prunable]
     panel = work.choose_panel(args, list(prunable), inner)
     return prunable, positions_per_image(given.dense, example), panel
 

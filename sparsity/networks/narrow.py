@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparsity.networks.layers import BatchNorm
 
-Narrowed = nn.Conv2d | nn.Linear | BatchNorm  # modules whose channels may be fewer
+Narrowed = nn.Conv2d | nn.Linear | nn.PReLU | BatchNorm  # modules whose channels may be fewer
 PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -22,7 +22,7 @@ def narrow(model: nn.Module, state: dict[str, Tensor], widths: Any) -> nn.Module
         raise ValueError(f"widths is a {type(widths).__name__}, not a dictionary")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Narrowed)}
     for name, count in widths.items():
-        if name not in layers or isinstance(layers[name], BatchNorm):
+        if name not in layers or isinstance(layers[name], nn.PReLU | BatchNorm):
             raise ValueError(f"widths names {str(name)[:40]!r}, which is no convolution or linear layer of the network")
         full, weight = len(layers[name].weight), state.get(f"{name}.weight", ())
         if type(count) is not int or not 1 <= count <= full:
@@ -54,6 +54,8 @@ def _set_sizes(layer: nn.Module, name: str) -> None:
     if isinstance(layer, BatchNorm):
         kept = next((getattr(layer, part) for part in PARTS if getattr(layer, part) is not None), None)
         layer.num_features = layer.num_features if kept is None else len(kept)
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = len(layer.weight)
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
     else:  # every group has the filters that it had

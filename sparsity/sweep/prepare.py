@@ -7,7 +7,9 @@ from torch import nn
 
 from sparsity.data.images import normalise
 from sparsity.networks.inference import choose_way, inference_copy, precision_problem
-from sparsity.networks.layers import dense_parameters, require_plain_weights, unprunable
+from sparsity.networks.layers import Layer, dense_parameters, require_plain_weights, unprunable
+from sparsity.prune.channel_graph import OUTPUTS
+from sparsity.prune.coupling import Coupling, couple
 from sparsity.sweep.inputs import Inputs
 from sparsity.sweep.level import SAMPLE
 from sparsity.system.errors import UserError
@@ -46,6 +48,23 @@ def say_what_stays_dense(model: nn.Module, example: torch.Tensor) -> None:
     told = [f"{_few(names)} ({reason})" for reason, names in reasons.items()]
     if told:
         print(f"not pruned by themselves: {', '.join(told)}")
+
+
+def say_what_is_coupled(model: nn.Module, layers: dict[str, Layer]) -> Coupling:
+    """Print, in one line, how many channels of `layers` can be removed, and why others stay; returns the channels."""
+    coupling = couple(model, layers)
+    print(f"coupled: {coupled_text(coupling)}")
+    return coupling
+
+
+def coupled_text(coupling: Coupling) -> str:
+    """How many channels can be removed, and why others stay."""
+    whole = [name for name, reason in coupling.kept.items() if reason != OUTPUTS]
+    reasons = {
+        coupling.kept[name]: [each for each in whole if coupling.kept[each] == coupling.kept[name]] for name in whole
+    }
+    told = "".join(f"; channels of {_few(names)} stay: {reason}" for reason, names in reasons.items())
+    return f"{coupling.units:,} channels can be removed, in {len(coupling.groups)} groups{told}"
 
 
 def _few(names: list[str]) -> str:
