@@ -15,22 +15,23 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sparsity.networks.layers import Layer, own_forward, parametrization, twins
-from sparsity.prune.filters import SILENT_CALLS, SILENT_MODULES
 
+RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
+# Modules, functions and methods that leave a channel of zeros a channel of zeros, whatever the other channels hold.
+SILENT_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    *(nn.Tanh, nn.Softsign, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+)
+SILENT_CALLS = (
+    *(*RELUS, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.tanh, torch.tanh, "tanh"),
+    *(F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
+)
 # Beside these all that compute each channel by itself; whether a channel of zeros stays one does not matter.
 BY_CHANNEL = (*SILENT_MODULES, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Upsample)
 BY_CHANNEL_CALLS = (
-    *(
-        *SILENT_CALLS,
-        F.sigmoid,
-        torch.sigmoid,
-        "sigmoid",
-        F.hardsigmoid,
-        F.softplus,
-        F.interpolate,
-        F.adaptive_max_pool2d,
-    ),
-    *("contiguous", "clone", torch.clone),
+    *(*SILENT_CALLS, torch.sigmoid, "sigmoid", F.sigmoid, F.hardsigmoid, F.softplus, F.interpolate),
+    *(F.adaptive_max_pool2d, "contiguous", "clone", torch.clone),
 )
 OUTPUTS = "they are outputs of the network"  # why the channels of the output layer stay
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)

@@ -6,23 +6,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsity.networks.layers import BatchNorm, own_forward, twins, way_of
+from sparsity.prune.channel_graph import RELUS, SILENT_CALLS, SILENT_MODULES
 from sparsity.prune.masks import apply_masks
 
-RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
-# Modules, functions and methods that leave a channel of zeros a channel of zeros, whatever the other channels hold.
-SILENT_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
-    *(nn.Tanh, nn.Softsign, nn.Identity, nn.Dropout, nn.Dropout2d),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
-)
-SILENT_CALLS = (
-    *(*RELUS, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.tanh, torch.tanh, "tanh"),
-    *(F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
-)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 

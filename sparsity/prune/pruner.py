@@ -93,12 +93,11 @@ class Pruner:
     def _score_filters(self, criterion: str) -> dict[str, Tensor]:
         """The scores of all channels of each group or, without `couple`, of the filters of each inner convolution."""
         if criterion not in self._filter_scores:
-            evidence = Evidence(self.network, {}, self.calibration, self.seed)
             if self.couple:
-                found = group_scores(criterion, evidence, self.coupling)
+                found = group_scores(criterion, self.network, self.coupling, self.calibration)
             else:
                 inner = [name for name in inner_convs(self.network) if name in self.layers]
-                found = inner_scores(criterion, evidence, inner)
+                found = inner_scores(criterion, self.network, inner, self.calibration)
             self._filter_scores[criterion] = found
         return self._filter_scores[criterion]
 

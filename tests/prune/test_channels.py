@@ -10,7 +10,6 @@ from sparsity.data.calibration import draw_calibration
 from sparsity.networks.layers import prunable_layers, unmasked_state
 from sparsity.prune.channels import FILTER_CRITERIA, group_scores, inner_scores, rounded
 from sparsity.prune.coupling import couple
-from sparsity.prune.criteria import Evidence
 from sparsity.prune.filters import inner_convs
 from sparsity.prune.pruner import Pruner
 from sparsity.system.methods import Curve
@@ -30,13 +29,13 @@ def resnet():
 
 def test_a_unit_has_the_mean_of_the_norms_of_its_filters_over_those_of_their_layers():
     model = resnet()
-    scores = group_scores("filter_l1", Evidence(model, {}), couple(model))
+    scores = group_scores("filter_l1", model, couple(model), None)
     for group, found in scores.items():
         norms = [model.get_submodule(name).weight.detach().abs().sum(dim=(1, 2, 3)) for name in group.split()]
         torch.testing.assert_close(found, torch.stack([each / each.mean() for each in norms]).mean(dim=0))
     assert max(len(group.split()) for group in scores) == 3
     inner = inner_convs(model)
-    own = inner_scores("filter_l1", Evidence(model, {}), inner)
+    own = inner_scores("filter_l1", model, inner, None)
     assert all(torch.equal(own[name], model.get_submodule(name).weight.abs().sum(dim=(1, 2, 3))) for name in inner)
 
 
@@ -45,7 +44,7 @@ def test_activation_is_the_share_of_the_energy_that_a_channel_brings_to_its_read
     for name in ("down", "hidden", "result"):
         layer = small_net.get_submodule(name)
         layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0]))
-    scores = group_scores("filter_activation", evidence := Evidence(small_net, {}, calibration), couple(small_net))
+    scores = group_scores("filter_activation", small_net, couple(small_net), calibration)
     assert [float(each.sum()) for each in scores.values()] == pytest.approx([1, 1, 1])
     with torch.no_grad():
         for images, _ in calibration.batches(torch.float32):
@@ -56,7 +55,7 @@ def test_activation_is_the_share_of_the_energy_that_a_channel_brings_to_its_read
             [(inputs[:, channel, None] * weight[:, channel]).square().mean() for channel in range(weight.shape[1])]
         )
         torch.testing.assert_close(scores[maker], lost / lost.sum(), rtol=1e-4, atol=1e-6)
-    inner = inner_scores("filter_activation", evidence, ["stem"])
+    inner = inner_scores("filter_activation", small_net, ["stem"], calibration)
     assert torch.equal(inner["stem"], scores["stem"])
 
 
