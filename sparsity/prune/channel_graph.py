@@ -67,8 +67,12 @@ class ChannelGraph:
         self.outputs: dict[str, tuple[int, ...]] = {}
         self.inputs: dict[str, tuple[int, ...]] = {}
         self.staying: list[tuple[tuple[int, ...], str]] = []
+        nodes = fx.symbolic_trace(model).graph.nodes
         self.shared = {name for first, others in twins(model).items() for name in (first, *others)}
-        for node in fx.symbolic_trace(model).graph.nodes:
+        self.shared |= {
+            node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"
+        }  # read past the layer
+        for node in nodes:
             if node.op == "output":
                 self.keep(node, OUTPUTS)
             else:
@@ -99,7 +103,8 @@ class ChannelGraph:
         return self.same if isinstance(module, BY_CHANNEL) else None
 
     def of_call(self, target: Any) -> Callable[[fx.Node], _Value | None] | None:
-        if target in BY_CHANNEL_CALLS or getattr(target, "__name__", "") == "stochastic_depth":  # nothing in eval mode
+        idle = getattr(target, "__module__", "") == "torchvision.ops.stochastic_depth"  # in eval mode
+        if target in BY_CHANNEL_CALLS or idle:
             return self.same
         table = {operator.getitem: self.slice, torch.cat: self.cat, torch.concat: self.cat, F.pad: self.pad}
         table |= dict.fromkeys(JOINS, self.join) | dict.fromkeys((torch.flatten, "flatten"), self.flatten)

@@ -20,7 +20,7 @@ from sparsity.recover.reconstruction import not_refitted
 from sparsity.sweep import work
 from sparsity.sweep.flags import CALIBRATION_IMAGES
 from sparsity.sweep.inputs import Inputs, load_inputs
-from sparsity.sweep.prepare import coupled_text, prepare_inference
+from sparsity.sweep.prepare import coupled_text, filter_layers, prepare_inference
 from sparsity.system import processes
 from sparsity.system.machine import set_up_machine
 
@@ -185,7 +185,7 @@ def _folding_line(found: Folding) -> str:
 
 def time_line(args: argparse.Namespace, given: Inputs, inference: nn.Module, layers: list[str]) -> str:
     """About how long the sweep of these flags takes, evaluated in `inference`, and what the estimate assumes."""
-    panel = work.choose_panel(args, layers, [name for name in inner_convs(given.dense) if name in layers])
+    panel = work.choose_panel(args, layers, filter_layers(given.dense, layers, args.couple))
     test = given.test.to(torch.device(args.device))
     rate = work.images_per_second(inference, test, args.batch_size)
     calibrated = args.calibration_images or CALIBRATION_IMAGES

@@ -7,9 +7,10 @@ from torch import nn
 
 from sparsity.data.images import normalise
 from sparsity.networks.inference import choose_way, inference_copy, precision_problem
-from sparsity.networks.layers import Layer, dense_parameters, require_plain_weights, unprunable
+from sparsity.networks.layers import dense_parameters, require_plain_weights, unprunable
 from sparsity.prune.channel_graph import OUTPUTS
 from sparsity.prune.coupling import Coupling, couple
+from sparsity.prune.filters import inner_convs
 from sparsity.sweep.inputs import Inputs
 from sparsity.sweep.level import SAMPLE
 from sparsity.system.errors import UserError
@@ -50,11 +51,9 @@ def say_what_stays_dense(model: nn.Module, example: torch.Tensor) -> None:
         print(f"not pruned by themselves: {', '.join(told)}")
 
 
-def say_what_is_coupled(model: nn.Module, layers: dict[str, Layer]) -> Coupling:
-    """Print, in one line, how many channels of `layers` can be removed, and why others stay; returns the channels."""
-    coupling = couple(model, layers)
-    print(f"coupled: {coupled_text(coupling)}")
-    return coupling
+def filter_layers(model: nn.Module, layers: list[str], coupled: bool) -> list[str]:
+    """The convolutions of `layers` whose filters may be removed by themselves, or the groups of `coupled` channels."""
+    return list(couple(model, layers).groups) if coupled else [name for name in inner_convs(model) if name in layers]
 
 
 def coupled_text(coupling: Coupling) -> str:
