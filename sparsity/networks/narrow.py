@@ -24,11 +24,11 @@ def narrow(model: nn.Module, state: dict[str, Tensor], widths: Any) -> nn.Module
     for name, count in widths.items():
         if name not in layers or isinstance(layers[name], nn.PReLU | BatchNorm):
             raise ValueError(f"widths names {str(name)[:40]!r}, which is no convolution or linear layer of the network")
-        full, weight = len(layers[name].weight), state.get(f"{name}.weight", ())
+        full, weight = len(layers[name].weight), state.get(f"{name}.weight")
         if type(count) is not int or not 1 <= count <= full:
             raise ValueError(f"the width of {name} is {count!r}, not a whole number from 1 to {full}")
-        if len(weight) != count:
-            raise ValueError(f"the width of {name} is {count}, but its weight has {len(weight)} filters")
+        if weight is None or weight.shape[:1] != (count,):
+            raise ValueError(f"the width of {name} is {count}, but not that of its weight")
     for name, layer in layers.items():
         for part in PARTS:
             own, found = getattr(layer, part, None), state.get(f"{name}.{part}")

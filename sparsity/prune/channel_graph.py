@@ -69,9 +69,8 @@ class ChannelGraph:
         self.staying: list[tuple[tuple[int, ...], str]] = []
         nodes = fx.symbolic_trace(model).graph.nodes
         self.shared = {name for first, others in twins(model).items() for name in (first, *others)}
-        self.shared |= {
-            node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"
-        }  # read past the layer
+        read_past = [node.target for node in nodes if node.op == "get_attr"]  # tensors that the graph itself reads
+        self.shared |= {name.rpartition(".")[0] for name in read_past}
         for node in nodes:
             if node.op == "output":
                 self.keep(node, OUTPUTS)
@@ -92,6 +91,7 @@ class ChannelGraph:
         return None if unread else self.keep(node, f"read by {name}")
 
     def of_module(self, node: fx.Node, module: nn.Module) -> Callable[[fx.Node], _Value | None] | None:
+        """The method below that knows a call of a module."""
         usual = node.target not in self.shared and not (isinstance(module, Layer) and own_forward(module))
         if isinstance(module, nn.Conv2d | nn.Linear) and usual and not parametrization(module):
             return partial(self.layer, module=module)
@@ -103,6 +103,7 @@ class ChannelGraph:
         return self.same if isinstance(module, BY_CHANNEL) else None
 
     def of_call(self, target: Any) -> Callable[[fx.Node], _Value | None] | None:
+        """The method below that knows a call of a function, or of a method of a tensor."""
         idle = getattr(target, "__module__", "") == "torchvision.ops.stochastic_depth"  # in eval mode
         if target in BY_CHANNEL_CALLS or idle:
             return self.same
@@ -136,11 +137,8 @@ class ChannelGraph:
             made = self.outputs[name] = self.fresh(len(module.weight))
         if groups == 1:
             self.unite(self.inputs.setdefault(name, numbers), numbers)
-        for group in range(groups if groups > 1 else 0):
-            part, own = (
-                side[group * len(side) // groups : (group + 1) * len(side) // groups] for side in (numbers, made)
-            )
-            self.unite((*part, *own), (own[0],) * (len(part) + len(own)))
+        for side in (numbers, made) if groups > 1 else ():
+            self.unite(side, [made[len(made) // groups * (place * groups // len(side))] for place in range(len(side))])
         return _Value(made, 4 if conv else read.rank if known else 0)
 
     def norm(self, node: fx.Node) -> _Value | None:
@@ -166,11 +164,7 @@ class ChannelGraph:
     def cat(self, node: fx.Node) -> _Value | None:
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         values = [self.values[each] for each in node.args[0]] if isinstance(node.args[0], list | tuple) else [None]
-        if (
-            dim != 1
-            or None in values
-            or {(value.rank, value.flat) for value in values} not in ({(4, False)}, {(2, False)})
-        ):
+        if dim != 1 or None in values or {value[1:] for value in values} not in ({(4, False)}, {(2, False)}):
             return None
         return _Value(tuple(number for value in values for number in value.numbers), values[0].rank)
 
@@ -209,12 +203,8 @@ class ChannelGraph:
     def mean(self, node: fx.Node) -> _Value | None:
         """The mean over all places of a channel."""
         value, dims = self.first(node), node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        if (
-            value is None
-            or value.rank != 4
-            or not isinstance(dims, list | tuple)
-            or {dim % 4 for dim in dims} != {2, 3}
-        ):
+        places = isinstance(dims, list | tuple) and {dim % 4 for dim in dims} == {2, 3}
+        if value is None or value.rank != 4 or not places:
             return None
         keep = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
         return value if keep else value._replace(rank=2)
@@ -244,11 +234,6 @@ class ChannelGraph:
         """Join the numbers of two tensors, pair by pair."""
         for one, other in zip(first, second, strict=True):
             self.parents[self.root(one)] = self.root(other)
-
-
-def _of_groups(numbers: tuple[int, ...], groups: int, count: int) -> list[int]:
-    """For each of `count` channels in so many groups, the first of `numbers` in its group."""
-    return [numbers[channel * groups // count * len(numbers) // groups] for channel in range(count)]
 
 
 def _is_shape(node: Any) -> bool:

@@ -29,16 +29,14 @@ def mask_channels(model: nn.Module, coupling: Coupling, gone: Tensor) -> None:
     for name, (outputs, inputs) in coupling.channels(gone).items():
         layer = model.get_submodule(name)
         if isinstance(layer, Layer):
-            mask = torch.ones(layer.weight.shape[:2], dtype=torch.bool)
-            if outputs is not None:
-                mask[outputs] = False
+            mask = torch.ones(layer.weight.shape, dtype=torch.bool)
+            mask[outputs] = False
             if inputs is not None:
                 mask[:, inputs] = False
-            shape = (*mask.shape, *[1] * (layer.weight.dim() - 2))
-            apply_masks({name: layer}, {name: mask.view(shape).expand_as(layer.weight)})
+            apply_masks({name: layer}, {name: mask})
         for part in ("weight", "bias") if isinstance(layer, BatchNorm) else ("bias",):
             value = getattr(layer, part, None)
-            if value is not None and outputs is not None:
+            if value is not None:
                 value[outputs.to(value.device)] = 0
 
 

@@ -34,11 +34,9 @@ class Coupling:
 
         Inputs are None where a layer has none of its own. Layers without any of these channels are left out.
         """
-        units = torch.cat([units.cpu(), units.new_zeros(1, device="cpu")])  # where -1 points to
-        every = {name: units[numbers] for name, numbers in self.outputs.items()}
+        units = torch.cat([units, units.new_zeros(1)])  # where -1 points to
         reading = {name: units[numbers] for name, numbers in self.inputs.items()}
-        named = [*every, *(name for name in reading if name not in every)]
-        found = {name: (every.get(name), reading.get(name)) for name in named}
+        found = {name: (units[numbers], reading.get(name)) for name, numbers in self.outputs.items()}
         return {name: pair for name, pair in found.items() if any(part is not None and part.any() for part in pair)}
 
 

@@ -72,8 +72,7 @@ def _cut(state: dict[str, Tensor], coupling: Coupling, gone: Tensor) -> None:
     for name, (outputs, inputs) in coupling.channels(gone).items():
         for part in NORM_PARTS:
             if (value := state.get(f"{name}.{part}")) is not None:
-                kept = value if outputs is None else value[~outputs]
-                cut[id(value)] = kept if inputs is None or part != "weight" else kept[:, ~inputs]
+                cut[id(value)] = value[~outputs] if inputs is None or part != "weight" else value[~outputs][:, ~inputs]
     state.update({name: cut[id(value)] for name, value in state.items() if id(value) in cut})
 
 
