@@ -3,9 +3,6 @@
 The architecture is that of He et al., arXiv 1512.03385, with the stem that CIFAR-10 repositories use. Parameter names
 (`conv1, bn1, layer{1..4}.{i}.conv{1..3}, .bn{1..3}, .shortcut.0, .shortcut.1, linear`) are those of the reference
 study and of kuangliu-style repositories, so weights travel in both directions.
-
-The inner convolutions of a block, all but its last, may have fewer filters than the architecture says: what pruning of
-whole filters leaves. A block without any is its shortcut.
 """
 
 import torch
@@ -22,60 +19,42 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: [B, in_channels, H, W] to [B, channels, H / stride, W / stride].
-
-    `inner` holds the filters of its first convolution, or 0: then there is no branch, and the block is its shortcut.
-    """
+    """Two 3x3 convolutions around a shortcut: [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
 
     expansion = 1
     inner_names = ("conv1",)
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, inner: tuple[int, ...] | None = None):
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
-        (first,) = (channels,) if inner is None else inner
-        self.has_branch = first > 0
-        if self.has_branch:
-            self.conv1 = nn.Conv2d(in_channels, first, kernel_size=3, stride=stride, padding=1, bias=False)
-            self.bn1 = nn.BatchNorm2d(first)
-            self.conv2 = nn.Conv2d(first, channels, kernel_size=3, stride=1, padding=1, bias=False)
-            self.bn2 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = _shortcut(in_channels, self.expansion * channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.has_branch:
-            return F.relu(self.shortcut(x))
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return F.relu(out + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided), 1x1 convolutions around a shortcut; the output has 4 x `channels` channels.
-
-    `inner` holds the filters of the first two, or zeros: then there is no branch, and the block is its shortcut.
-    """
+    """1x1, 3x3 (strided), 1x1 convolutions around a shortcut; the output has 4 x `channels` channels."""
 
     expansion = 4
     inner_names = ("conv1", "conv2")
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, inner: tuple[int, ...] | None = None):
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
-        first, second = (channels, channels) if inner is None else inner
-        self.has_branch = first > 0 and second > 0
-        if not self.has_branch and (first or second):
-            raise ValueError("a block has no filters in one convolution and some in another")
-        if self.has_branch:
-            self.conv1 = nn.Conv2d(in_channels, first, kernel_size=1, bias=False)
-            self.bn1 = nn.BatchNorm2d(first)
-            self.conv2 = nn.Conv2d(first, second, kernel_size=3, stride=stride, padding=1, bias=False)
-            self.bn2 = nn.BatchNorm2d(second)
-            self.conv3 = nn.Conv2d(second, self.expansion * channels, kernel_size=1, bias=False)
-            self.bn3 = nn.BatchNorm2d(self.expansion * channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, self.expansion * channels, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(self.expansion * channels)
         self.shortcut = _shortcut(in_channels, self.expansion * channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.has_branch:
-            return F.relu(self.shortcut(x))
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -85,13 +64,10 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """`num_blocks` holds the blocks of each of the four stages, `width` the channels of the first stage.
 
-    `widths` holds the filters of inner convolutions that have fewer than the architecture says, by name.
     Input [B, 3, H, W], output logits [B, num_classes]; H and W are free, 32 is what CIFAR-10 has.
     """
 
-    def __init__(
-        self, block: type, num_blocks: list[int], num_classes: int = 10, width: int = 64, widths: dict | None = None
-    ):
+    def __init__(self, block: type, num_blocks: list[int], num_classes: int = 10, width: int = 64):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -100,9 +76,7 @@ class ResNet(nn.Module):
             channels, stride = width * 2**stage, 1 if stage == 0 else 2
             layer = nn.Sequential()
             for index in range(blocks):
-                names = [f"layer{stage + 1}.{index}.{name}" for name in block.inner_names]
-                inner = tuple((widths or {}).get(name, channels) for name in names)
-                layer.append(block(in_channels, channels, stride if index == 0 else 1, inner))
+                layer.append(block(in_channels, channels, stride if index == 0 else 1))
                 in_channels = channels * block.expansion
             setattr(self, f"layer{stage + 1}", layer)
         self.linear = nn.Linear(in_channels, num_classes)
@@ -127,9 +101,7 @@ ARCHITECTURES = {
 def build(spec: dict) -> ResNet:
     """The network that `spec` describes: {'arch': a key of ARCHITECTURES, 'num_classes': int, 'width': int}.
 
-    A thin network has an entry more, 'widths': {name of an inner convolution: filters left}, as
-    {'layer1.0.conv1': 32}; 0 in all of a block leaves its shortcut alone. Raises ValueError when the description is
-    not one of these.
+    Raises ValueError when the description is not one of these.
     """
     arch, num_classes, width = (spec.get(key) for key in ("arch", "num_classes", "width"))
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
@@ -137,15 +109,7 @@ def build(spec: dict) -> ResNet:
     for key, value in (("num_classes", num_classes), ("width", width)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{key} is {value!r}, not a positive whole number")
-    widths, full = spec.get("widths", {}), inner_widths(arch, width)
-    if not isinstance(widths, dict):
-        raise ValueError(f"widths is a {type(widths).__name__}, not a dictionary")
-    for name, count in widths.items():
-        if name not in full:
-            raise ValueError(f"widths names {str(name)[:40]!r}, which is no inner convolution of this architecture")
-        if type(count) is not int or not 0 <= count <= full[name]:
-            raise ValueError(f"the width of {name} is {count!r}, not a whole number from 0 to {full[name]}")
-    return ResNet(*ARCHITECTURES[arch], num_classes, width, widths)
+    return ResNet(*ARCHITECTURES[arch], num_classes, width)
 
 
 def inner_widths(arch: str, width: int) -> dict[str, int]:
@@ -165,15 +129,15 @@ def zero_last_norms(model: ResNet) -> None:
     Each block without a strided shortcut then starts as the identity.
     """
     for block in model.modules():
-        if isinstance(block, BasicBlock | Bottleneck) and block.has_branch:
+        if isinstance(block, BasicBlock | Bottleneck):
             nn.init.zeros_(getattr(block, f"bn{len(block.inner_names) + 1}").weight)
 
 
 def spec_of(state: dict[str, Tensor]) -> dict:
     """Read the description that `build` takes off the names and shapes of a state dict that carries no metadata.
 
-    Raises ValueError when the tensors are not those of a network of this file. A block without a branch cannot be told
-    from one that was lost, and counts as lost.
+    Where inner convolutions of blocks have fewer filters than the architecture says, 'widths' maps them to their
+    number. Raises ValueError when the tensors are not those of a network of this file.
     """
     stem, output = state.get("conv1.weight"), state.get("linear.weight")
     if stem is None or output is None or stem.dim() != 4 or output.dim() != 2:

@@ -22,7 +22,7 @@ from sparsity.networks.evaluation import default_batch_size
 from sparsity.networks.inference import compiled
 from sparsity.networks.layers import Layer, exclude, positions_per_image, prunable_layers
 from sparsity.networks.sparse import require_supported
-from sparsity.prune.filters import inner_convs
+from sparsity.prune.coupling import couple
 from sparsity.recover import RECOVERIES
 from sparsity.results import comparison, summary, verdicts
 from sparsity.results.files import SweepFiles
@@ -36,7 +36,7 @@ from sparsity.sweep.header import describe_sweep, output_name
 from sparsity.sweep.level import Evaluator, Extra, PrunedNetwork
 from sparsity.sweep.networks import Networks, resume_curve, save_step
 from sparsity.sweep.predict import predict
-from sparsity.sweep.prepare import prepare_inference, say_what_stays_dense
+from sparsity.sweep.prepare import coupled_text, filter_layers, prepare_inference, say_what_stays_dense
 from sparsity.sweep.programs import require_program
 from sparsity.sweep.timing import Timer
 from sparsity.system import processes
@@ -110,7 +110,9 @@ def plan(args: argparse.Namespace, given: inputs.Inputs) -> tuple[dict[str, Laye
     example = given.example.to(args.device)
     prunable = exclude(prunable_layers(given.dense, example), args.exclude)
     say_what_stays_dense(given.dense, example)
-    inner = [name for name in inner_convs(given.dense) if name in prunable]
+    if args.couple:
+        print(f"coupled: {coupled_text(couple(given.dense, prunable))}")
+    inner = filter_layers(given.dense, list(prunable), args.couple)
     panel = work.choose_panel(args, list(prunable), inner)
     return prunable, positions_per_image(given.dense, example), panel
 

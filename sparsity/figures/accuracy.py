@@ -18,7 +18,7 @@ from sparsity.figures.savings import plot_savings, plot_tradeoff
 from sparsity.results.rows import Row, column_mean, curve_name, points
 from sparsity.results.statistics import mean_and_deviation
 from sparsity.results.store import Sweep, SweepFiles, dense_accuracy, read_sweep
-from sparsity.results.verdicts import curve_of, label_text, scope_text
+from sparsity.results.verdicts import curve_of, label_text, removed_unit, scope_text
 from sparsity.system.flags import level_text
 from sparsity.system.methods import Curve
 
@@ -202,7 +202,7 @@ def _message(sweep: Sweep) -> str:
     shown = {"shown_level": "Shown to be", "level": "Chosen, but not shown to be"}[key]
     parts = []
     for entry in (best, entries[0]) if best is not entries[0] else (best,):
-        level, what = entry.get(key), "inner filters" if curve_of(entry).prunes_filters else "weights"
+        level, what = entry.get(key), removed_unit(sweep, curve_of(entry))
         amount = f"{level_text(level)} %{'' if parts else f' of the {what} gone'}" if level else "no level"
         parts.append(f"{amount} {style.unbroken(f'({curve_name(curve_of(entry))})')}")
     return f"{shown} within {points(best['tolerance'])} of dense: {', '.join(parts)}"

@@ -2,7 +2,8 @@
 
 A description is the entry `model` of checkpoints: {'arch', 'num_classes', 'width'} of a built-in network, as
 `Build_Resnet.build` takes it; {'arch', 'num_classes', 'arch_args'} of others, and 'sha256' of the file where `arch` is
-`path/to/file.py:function`. A checkpoint alone never makes such a file run: the user has to name it as well.
+`path/to/file.py:function`. A checkpoint alone never makes such a file run: the user has to name it as well. A thin
+network has an entry more, 'widths': {layer: filters left}, see `narrow`.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import Build_Resnet
 from sparsity.networks.checkpoint import Checkpoint, bare, fit, load
+from sparsity.networks.narrow import narrow
 from sparsity.networks.outputs import give_logits
 from sparsity.networks.user_file import build_from_file, file_sha256, is_file
 from sparsity.system.errors import UserError, one_line
@@ -42,11 +44,6 @@ def describe(arch: str, num_classes: int, width: int, arch_args: dict[str, Any])
         return {"arch": arch, "num_classes": num_classes, "width": width}
     spec = {"arch": arch, "num_classes": num_classes, "arch_args": arch_args}
     return spec | ({"sha256": file_sha256(arch)} if is_file(arch) else {})
-
-
-def takes_widths(spec: Spec) -> bool:
-    """Whether `build` can make this network with fewer filters in inner convolutions."""
-    return spec["arch"] in BUILT_IN
 
 
 def short_name(arch: str) -> str:
@@ -74,7 +71,7 @@ def restore(checkpoint: Checkpoint, named: Spec | None = None) -> tuple[Checkpoi
     """
     try:
         spec = _opened(checkpoint, named) if checkpoint.model else _foreign(checkpoint, named)
-        model = build_empty(spec)
+        model = build_empty(spec, checkpoint.net)
         checkpoint = fit(model, checkpoint)
     except (ValueError, RuntimeError) as error:  # RuntimeError: names, shapes, sizes beyond what a tensor can have
         raise UserError(f"{checkpoint.path} does not fit the network it describes: {one_line(error)[:300]}") from error
@@ -98,16 +95,16 @@ def require_named(checkpoint: Checkpoint, named: Spec | None) -> None:
         _opened(checkpoint, named)
 
 
-def build_empty(spec: Spec) -> nn.Module:
-    """The network that `spec` describes, for weights to be put into; ValueError where it describes none.
+def build_empty(spec: Spec, state: dict[str, Tensor]) -> nn.Module:
+    """The network that `spec` describes, for the weights `state` to be put into; ValueError where it describes none.
 
-    Built-in ones are on the meta device. Others may hold tensors that no file has, and are built as they are.
+    Built-in ones are on the meta device. Others may hold tensors that no file has, and are built as they are. With an
+    entry `widths` the network becomes as thin as `state`.
     """
-    if spec.get("arch") in BUILT_IN:
-        with torch.device("meta"):
-            return build(spec)
-    with torch.random.fork_rng(devices=[]):  # draws in the middle of a sweep would change what is drawn after them
-        return build(spec)
+    # Draws in the middle of a sweep would change what is drawn after them.
+    with torch.device("meta") if spec.get("arch") in BUILT_IN else torch.random.fork_rng(devices=[]):
+        model = build(spec)
+    return narrow(model, state, spec["widths"]) if "widths" in spec else model
 
 
 def build(spec: Spec) -> nn.Module:

@@ -1,7 +1,7 @@
 """Criteria: functions that score every prunable weight; weights of the lowest scores are masked first.
 
 A new criterion is a function from `Evidence` to `Scores`, with an entry in CRITERIA here and in `system/methods.py`
-(`add_criterion` makes both). FILTER_CRITERIA score whole filters instead.
+(`add_criterion` makes both). Those of whole filters are in `prune/channels.py`.
 """
 
 import copy
@@ -140,14 +140,6 @@ def obs(evidence: Evidence) -> Scores:
 
 CRITERIA = {"l1": l1, "random": random, "activation": activation, "gradient": gradient, "obs": obs}
 SQUARED = {"obs"}  # their scores are squares, which LAMP takes as they are
-
-
-def filter_l1(convs: dict[str, nn.Conv2d]) -> Scores:
-    """L1 norm of each filter (Li et al., arXiv 1608.08710): name -> [filters]."""
-    return {name: conv.weight.abs().flatten(1).sum(dim=1) for name, conv in convs.items()}
-
-
-FILTER_CRITERIA: dict[str, Callable[[dict[str, nn.Conv2d]], Scores]] = {"filter_l1": filter_l1}
 
 
 def add_criterion(name: str, function: Criterion, reads: str = "") -> None:

@@ -1,31 +1,18 @@
-"""Filter pruning: which filters may be removed, masks on them, and the smaller dense network without them."""
+"""Filters that may be removed by themselves, as no shortcut shares their channels, and masks on them."""
 
 import operator
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparsity.networks.layers import BatchNorm, effective_weight, own_forward, twins, unmasked_state, way_of
+from sparsity.networks.layers import BatchNorm, own_forward, twins, way_of
+from sparsity.prune.channel_graph import RELUS, SILENT_CALLS, SILENT_MODULES
 from sparsity.prune.masks import apply_masks
 
-RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
-# Modules, functions and methods that leave a channel of zeros a channel of zeros, whatever the other channels hold.
-SILENT_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
-    *(nn.Tanh, nn.Softsign, nn.Identity, nn.Dropout, nn.Dropout2d),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
-)
-SILENT_CALLS = (
-    *(*RELUS, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.tanh, torch.tanh, "tanh"),
-    *(F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
-)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
-NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -44,20 +31,6 @@ class Branch:
     residual: bool
     followers: tuple[tuple[tuple[str, str], ...], ...] = ()
     plain: bool = True
-
-
-@dataclass(frozen=True)
-class Thin:
-    """A smaller network: its `state` dict and the filters left in each inner convolution, `widths`.
-
-    `removed` counts the inner channels that are gone, `dead` those that stay although their filters are zero: they
-    emit a constant, which a padded convolution cannot absorb.
-    """
-
-    state: dict[str, Tensor]
-    widths: dict[str, int]
-    removed: int
-    dead: int
 
 
 def branches(model: nn.Module) -> list[Branch]:
@@ -191,72 +164,6 @@ def _mask_filters(model: nn.Module, name: str, norm: str | None, filters: Tensor
     for part in () if norm is None else ("weight", "bias"):
         values = getattr(model.get_submodule(norm), part)
         values[~filters.to(values.device)] = 0
-
-
-@torch.no_grad()
-def thin(model: nn.Module) -> Thin:
-    """The smaller network that gives the same outputs as `model`, masked or not, which stays as it is.
-
-    An inner channel is removed where nothing reads it; where its filter is zero and it emits zero after BatchNorm and
-    ReLU; and where it emits a constant to an unpadded convolution, whose BatchNorm absorbs the constant into its mean.
-    A padded convolution sees a constant differently at the border, so there the channel stays. Outputs agree up to the
-    rounding of float32. Branches that are not plain stay as they are. A branch that ends in a zero BatchNorm is removed
-    whole; elsewhere each convolution keeps one channel or more. The state is on the CPU.
-    """
-    state = unmasked_state(model, "cpu")
-    found = [branch for branch in branches(model) if branch.plain]
-    before = {name: len(state[f"{name}.weight"]) for branch in found for name in branch.convs[:-1]}
-    for branch in found:
-        if branch.residual and not any(state[f"{branch.norms[-1]}.{part}"].any() for part in ("weight", "bias")):
-            gone = branch.convs + branch.norms
-            state = {key: value for key, value in state.items() if key.rpartition(".")[0] not in gone}
-        else:
-            while _shrink(state, branch, model):  # a channel that goes may have been all that read another one
-                pass
-    widths = {name: len(state.get(f"{name}.weight", ())) for name in before}
-    dead = sum(int(_silent(state[f"{name}.weight"]).sum()) for name, count in widths.items() if count)
-    return Thin(state, widths, sum(before.values()) - sum(widths.values()), dead)
-
-
-def dead_filters(model: nn.Module) -> int:
-    """The number of filters of inner convolutions of `model`, masked or not, that are zero."""
-    return sum(int(_silent(effective_weight(model.get_submodule(name))).sum()) for name in inner_convs(model))
-
-
-def _shrink(state: dict[str, Tensor], branch: Branch, model: nn.Module) -> bool:
-    """Remove channels of a branch from `state`, in place, where outputs stay the same; returns whether any went."""
-    shrunk = False
-    for (name, norm), (reader, reader_norm) in pairwise(zip(branch.convs, branch.norms, strict=True)):
-        silent, following = _silent(state[f"{name}.weight"]), state[f"{reader}.weight"]
-        unread = ~following.any(dim=(0, 2, 3))
-        constant = _constant(state, name, norm, model.get_submodule(norm).eps)
-        removable, absorbed = unread | silent & (constant == 0), silent & ~unread & (constant > 0)
-        if reader_norm is not None and model.get_submodule(reader).padding in ((0, 0), "valid"):
-            removable |= absorbed
-        if removable.all():
-            removable[0] = False  # a convolution has one channel or more
-        absorbed &= removable
-        if absorbed.any():
-            passed = following[:, absorbed].double().sum(dim=(2, 3)) @ constant[absorbed]
-            state[f"{reader_norm}.running_mean"] -= passed.float()
-        for key in (f"{name}.weight", f"{name}.bias", *(f"{norm}.{part}" for part in NORM_PARTS)):
-            if key in state:
-                state[key] = state[key][~removable]
-        state[f"{reader}.weight"] = following[:, ~removable]
-        shrunk |= bool(removable.any())
-    return shrunk
-
-
-def _silent(weight: Tensor) -> Tensor:
-    """The filters [filters] of a convolution that are zero."""
-    return ~weight.flatten(1).any(dim=1)
-
-
-def _constant(state: dict[str, Tensor], conv: str, norm: str, eps: float) -> Tensor:
-    """The constant each channel of an inner convolution emits after ReLU if its filter is zero: [filters], float64."""
-    weight, bias, mean, variance = (state[f"{norm}.{part}"].double() for part in NORM_PARTS)
-    received = state[f"{conv}.bias"].double() if f"{conv}.bias" in state else 0.0
-    return (bias + weight * (received - mean) / (variance + eps).sqrt()).relu()
 
 
 def _only_user(node: fx.Node | None) -> fx.Node | None:

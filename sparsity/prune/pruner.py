@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from sparsity.data.calibration import Calibration
 from sparsity.networks.layers import unmasked_state
 from sparsity.prune.allocation import Allocator
-from sparsity.prune.criteria import FILTER_CRITERIA, SQUARED, Evidence, score
+from sparsity.prune.channels import group_scores, inner_scores, mask_channels, rounded
+from sparsity.prune.coupling import Coupling, couple
+from sparsity.prune.criteria import SQUARED, Evidence, score
 from sparsity.prune.filters import inner_convs, mask_filters
 from sparsity.prune.masks import apply_masks, mask_twins, prune_l1_uniform
 from sparsity.system.methods import ONE_LAYER, Curve
@@ -21,7 +24,8 @@ class Pruner:
 
     Scores are computed once for all curves of a criterion that follow each other, and sorted once for all levels of a
     curve. `seed` draws random scores; pass another one for each checkpoint. With `nested`, weights that are zero
-    already go before all others.
+    already go before all others. With `couple`, criteria of filters remove coupled channels; of each convolution, or
+    group of coupled channels, a multiple of `multiple` stays.
     """
 
     network: nn.Module
@@ -29,10 +33,18 @@ class Pruner:
     calibration: Calibration | None = None
     seed: int = 0
     nested: bool = False
+    couple: bool = False
+    multiple: int = 1
 
     def __post_init__(self):
         self._curve = ("", "")  # criterion and allocation of those that are held:
         self._scores, self._notes, self._allocator = {}, [], None
+        self._filter_scores: dict[str, dict[str, Tensor]] = {}  # of criteria of filters
+
+    @cached_property
+    def coupling(self) -> Coupling:
+        """The coupled channels that can be removed."""
+        return couple(self.network, self.layers)
 
     def continued(self, model: nn.Module) -> "Pruner":
         """The pruner of the next level of an iterative curve: its network is a plain copy of `model`, masked or not."""
@@ -61,15 +73,33 @@ class Pruner:
         return model, [*self._notes, *_swap_notes(swapped, "weight")]
 
     def _prune_filters(self, curve: Curve, level: float) -> tuple[nn.Module, list[str]]:
-        """A copy of the network without `level` percent of the filters of its inner convolutions."""
-        model = copy.deepcopy(self.network)
-        names, allocation = _scope(curve, [name for name in inner_convs(model) if name in self.layers])
+        """A copy of the network without `level` percent of its inner filters, or of its coupled channels."""
+        model, scores = copy.deepcopy(self.network), self._score_filters(curve.criterion)
+        names, allocation = _scope(curve, list(scores))
         # A few thousand filters are sorted in no time; filters that are gone already have the lowest score.
-        scores = FILTER_CRITERIA[curve.criterion]({name: model.get_submodule(name) for name in names})
+        scores = {name: scores[name] for name in names}
         keep, swapped = Allocator(allocation, scores).masks(level / 100)
+        keep = rounded(keep, scores, self.multiple)
+        if self.couple:
+            gone = torch.zeros(self.coupling.units, dtype=torch.bool)
+            for name, kept in keep.items():
+                gone[self.coupling.groups[name]] = ~kept
+            mask_channels(model, self.coupling, gone)
+            return model, _swap_notes(swapped, "channel")
         more = mask_filters(model, keep)
         notes = _swap_notes(swapped, "filter")
         return model, notes + [f"filters of blocks of which nothing is left went too: {more}"] * (more > 0)
+
+    def _score_filters(self, criterion: str) -> dict[str, Tensor]:
+        """The scores of all channels of each group or, without `couple`, of the filters of each inner convolution."""
+        if criterion not in self._filter_scores:
+            if self.couple:
+                found = group_scores(criterion, self.network, self.coupling, self.calibration)
+            else:
+                inner = [name for name in inner_convs(self.network) if name in self.layers]
+                found = inner_scores(criterion, self.network, inner, self.calibration)
+            self._filter_scores[criterion] = found
+        return self._filter_scores[criterion]
 
     def _allocate(self, curve: Curve) -> Allocator:
         """The allocation of a curve's scores; those of the last curve are freed first, because they fill memory."""

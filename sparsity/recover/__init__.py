@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
+from torch.nn.utils.prune import is_pruned
 
 from sparsity.data.calibration import Calibration
 from sparsity.networks.inference import inference_copy
+from sparsity.networks.layers import twins
 from sparsity.recover.batchnorm import reestimate_batchnorm
 from sparsity.recover.distill import Distillation, distill
 from sparsity.recover.finetune import Finetuning, finetune
@@ -54,7 +56,12 @@ def _batchnorm(model: nn.Module, means: Means, seed: int) -> list[str]:
 
 
 def _reconstruction(model: nn.Module, means: Means, seed: int) -> list[str]:
-    notes = reconstruct(model, means.dense, means.layers, means.calibration, means.streams)
+    # An output layer that lost inputs is refitted too.
+    shared = {name for others in twins(model).values() for name in others}
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    heads = [name for name, layer in linear.items() if is_pruned(layer) and name not in shared]
+    layers = dict.fromkeys((*means.layers, *heads))
+    notes = reconstruct(model, means.dense, layers, means.calibration, means.streams)
     reestimate_batchnorm(model, means.calibration, means.copy)
     return notes
 

@@ -38,7 +38,8 @@ def summarise_all(sweep: Sweep, tolerance: float) -> list[dict[str, Any]]:
         if following is not None:
             entry["next_difference"] = _percent(mean_change(levels[following], choosing))
         entry |= _report(verdict, [] if level is None else on(levels[level], reporting))
-        entries.append(entry | {"sentence": _sentence(entry, lowest=level == min(filter(None, levels), default=None))})
+        lowest, unit = level == min(filter(None, levels), default=None), removed_unit(sweep, curve)
+        entries.append(entry | {"sentence": _sentence(entry, lowest, unit)})
     return entries
 
 
@@ -72,7 +73,13 @@ def _percent(share: float) -> float:
     return round(100 * float(share), 6)
 
 
-def _sentence(entry: dict[str, Any], lowest: bool) -> str:
+def removed_unit(sweep: Sweep, curve: Curve) -> str:
+    """The things that a level of a curve is a share of."""
+    filters = "channels" if sweep.header["settings"].get("couple") else "inner filters"
+    return filters if curve.prunes_filters else "weights"
+
+
+def _sentence(entry: dict[str, Any], lowest: bool, unit: str) -> str:
     """The chosen level of an entry, the `lowest` measured above 0 % or not, and whether it is shown."""
     curve, within, half = curve_of(entry), points(entry["tolerance"]), "on half of the test images"
     if not entry["level"]:
@@ -80,7 +87,6 @@ def _sentence(entry: dict[str, Any], lowest: bool) -> str:
     after = "highest measured"
     if entry["next_level"] is not None:
         after = f"next measured: {level_text(entry['next_level'])} %, loses {-entry['next_difference']:.2f} points"
-    unit = "inner filters" if curve.prunes_filters else "weights"
     others = "lowest measured" if lowest else "like every lower level measured"
     corrected = f", simultaneous over {entry['family']} curves" * (entry["family"] > 1)
     corrected += f", over {entry['checkpoints']} checkpoints" * (entry["checkpoints"] > 1)

@@ -14,12 +14,13 @@ from sparsity.data.images import Split, normalise
 from sparsity.networks.evaluation import default_batch_size
 from sparsity.networks.inference import choose_way, inference_copy
 from sparsity.networks.layers import BatchNorm, Layer, exclude, positions_per_image, prunable_layers, unprunable
+from sparsity.prune.coupling import couple
 from sparsity.prune.filters import inner_convs
 from sparsity.recover.reconstruction import not_refitted
 from sparsity.sweep import work
 from sparsity.sweep.flags import CALIBRATION_IMAGES
 from sparsity.sweep.inputs import Inputs, load_inputs
-from sparsity.sweep.prepare import prepare_inference
+from sparsity.sweep.prepare import coupled_text, filter_layers, prepare_inference
 from sparsity.system import processes
 from sparsity.system.machine import set_up_machine
 
@@ -138,6 +139,7 @@ def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator
     yield "; ".join([refitted, *(f"not {_few(left, reason)}: {reason}" for reason in dict.fromkeys(left.values()))])
     filters = {name: model.get_submodule(name).out_channels for name in inner_convs(model)}
     yield f"filters that can be removed: {sum(filters.values()):,}, in {len(filters)} convolutions"
+    yield f"with --couple: {coupled_text(couple(model, names))}"
 
 
 def _few(reasons: dict[str, str], reason: str) -> str:
@@ -183,7 +185,7 @@ def _folding_line(found: Folding) -> str:
 
 def time_line(args: argparse.Namespace, given: Inputs, inference: nn.Module, layers: list[str]) -> str:
     """About how long the sweep of these flags takes, evaluated in `inference`, and what the estimate assumes."""
-    panel = work.choose_panel(args, layers, [name for name in inner_convs(given.dense) if name in layers])
+    panel = work.choose_panel(args, layers, filter_layers(given.dense, layers, args.couple))
     test = given.test.to(torch.device(args.device))
     rate = work.images_per_second(inference, test, args.batch_size)
     calibrated = args.calibration_images or CALIBRATION_IMAGES

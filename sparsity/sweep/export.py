@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from sparsity.data.images import Split
 from sparsity.networks.checkpoint import save, save_packed, save_safetensors
 from sparsity.networks.evaluation import Evaluation, evaluate
-from sparsity.networks.families import build_empty, load_network, takes_widths
+from sparsity.networks.families import build_empty, load_network
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import Way, set_way, unmasked_state, way_of, with_versions
 from sparsity.networks.packed import entropy_bits, share, stored
-from sparsity.prune.filters import Thin, dead_filters, thin
+from sparsity.prune.thinning import Thin, thin
 from sparsity.results.rows import Row
 from sparsity.results.store import Sweep
 from sparsity.sweep.flags import EXPORT_BITS, EXPORT_FORMATS, PROGRAMS
@@ -31,18 +31,18 @@ def thin_network(model: nn.Module, spec: dict[str, Any]) -> tuple[nn.Module, dic
     """The thin network of `model`, masked or not: without the channels that can go at unchanged outputs.
 
     It is on the CPU, in eval mode; with its description, made from `spec` of `model`, and the counts of channels.
-    Networks that are not built with fewer filters (`takes_widths`) keep all.
     """
-    found = thin(model) if takes_widths(spec) else Thin(unmasked_state(model, "cpu"), {}, 0, dead_filters(model))
-    if found.removed:
+    found = thin(model)
+    if found.widths:
         spec = spec | {"widths": spec.get("widths", {}) | found.widths}
     return _build(spec, found.state, way_of(model)), spec, found
 
 
 def _build(spec: dict[str, Any], state: dict[str, Tensor], way: Way) -> nn.Module:
     """The network of a description and a state dict, on the CPU, in eval mode."""
-    network = build_empty(spec)
-    network.load_state_dict(state, assign=takes_widths(spec))  # the others are not empty, and may share weights
+    network = build_empty(spec, state)
+    empty = any(tensor.is_meta for tensor in network.parameters())
+    network.load_state_dict(state, assign=empty)  # the others may share weights
     set_way(network, way)
     return network.eval()
 

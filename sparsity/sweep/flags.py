@@ -86,6 +86,10 @@ def _add_pruning_flags(add: Callable[..., Any]) -> None:
     text = "score by which weights (filter_...: whole filters) are removed, lowest first"
     add("--criterion", **_several((*CRITERIA, *FILTER_CRITERIA), "l1", text))
     add("--allocation", **_several(ALLOCATIONS, "uniform", "how a level is dealt to the layers"))
+    text = "filter_...: remove channels of the whole network, those that shortcuts share together (off)"
+    add("--couple", action="store_true", help=text)
+    text = "filter_...: of each layer, keep a multiple of N filters (%(default)s)"
+    add("--round_filters", type=integer(1, 1024), default=1, metavar="N", help=text)
     text = "a level starts from the dense network, or from the level before it (%(default)s)"
     add("--schedule", choices=("oneshot", "iterative"), default="oneshot", help=text)
     add("--exclude", nargs="+", default=[], metavar="NAME", help="weights that stay dense, as globs (none)")
@@ -197,6 +201,11 @@ def clash(args: argparse.Namespace, given: set[str]) -> str | None:
         (filters and weights,
          f"--criterion {''.join(filters[:1])} removes whole filters, which --allocation {''.join(weights[:1])} "
          f"is not made for; use {' or '.join(FILTER_ALLOCATIONS)}"),
+        (given & {"couple", "round_filters"} and not filters,
+         f"--{''.join(sorted(given & {'couple', 'round_filters'})[:1])} has no effect without a --criterion of "
+         f"filters: {' or '.join(FILTER_CRITERIA)}"),
+        (args.couple and args.sensitivity,
+         "--sensitivity prunes one layer at a time; leave out --couple"),
         (args.arch_args and (args.arch is None or args.arch in BUILT_IN),
          "--arch_args needs an --arch that is not built in"),
         (formats and not export,

@@ -50,6 +50,8 @@ def describe_sweep(args: argparse.Namespace, given: Inputs, panel: Panel) -> dic
             "schedule": f"iterative {levels}" if args.schedule == "iterative" else "oneshot",
             "distill": distilled and taught,
             "finetune": tuned and f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
+            "couple": args.couple or None,
+            "round_filters": args.round_filters if args.round_filters > 1 else None,
             "engine": args.engine,
             "torch": str(torch.__version__),
             "compile": args.compile == "on" or None,

@@ -32,12 +32,15 @@ class Network:
     saved: Checkpoint
     means: Means
     seed: int
+    couple: bool
+    multiple: int
 
     @cached_property
     def pruner(self) -> Pruner:
         """Prunes the dense network; the seed of what is drawn differs between checkpoints."""
         seed = derived_seed(self.seed, int(self.saved.sha256[:8], 16))
-        return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed)
+        filters = {"couple": self.couple, "multiple": self.multiple}
+        return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed, **filters)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Networks:
             images, augmentation = distillation_images(args, self.train), self.calibration.augmentation
             distillation = Distillation(images, augmentation, args.distill_epochs, args.distill_learning_rate, dtype)
         means = Means(dense.to(torch.device(args.device)), self.layers, self.calibration, tuning, distillation)
-        return Network(name, saved, means, args.seed)
+        return Network(name, saved, means, args.seed, args.couple, args.round_filters)
 
 
 def resume_curve(sweep: Sweep, network: Network, curve: Curve, levels: list[float]) -> tuple[Pruner, list[float]]:

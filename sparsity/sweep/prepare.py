@@ -8,6 +8,9 @@ from torch import nn
 from sparsity.data.images import normalise
 from sparsity.networks.inference import choose_way, inference_copy, precision_problem
 from sparsity.networks.layers import dense_parameters, require_plain_weights, unprunable
+from sparsity.prune.channel_graph import OUTPUTS
+from sparsity.prune.coupling import Coupling, couple
+from sparsity.prune.filters import inner_convs
 from sparsity.sweep.inputs import Inputs
 from sparsity.sweep.level import SAMPLE
 from sparsity.system.errors import UserError
@@ -46,6 +49,21 @@ def say_what_stays_dense(model: nn.Module, example: torch.Tensor) -> None:
     told = [f"{_few(names)} ({reason})" for reason, names in reasons.items()]
     if told:
         print(f"not pruned by themselves: {', '.join(told)}")
+
+
+def filter_layers(model: nn.Module, layers: list[str], coupled: bool) -> list[str]:
+    """The convolutions of `layers` whose filters may be removed by themselves, or the groups of `coupled` channels."""
+    return list(couple(model, layers).groups) if coupled else [name for name in inner_convs(model) if name in layers]
+
+
+def coupled_text(coupling: Coupling) -> str:
+    """How many channels can be removed, and why others stay."""
+    whole = [name for name, reason in coupling.kept.items() if reason != OUTPUTS]
+    reasons = {
+        coupling.kept[name]: [each for each in whole if coupling.kept[each] == coupling.kept[name]] for name in whole
+    }
+    told = "".join(f"; channels of {_few(names)} stay: {reason}" for reason, names in reasons.items())
+    return f"{coupling.units:,} channels can be removed, in {len(coupling.groups)} groups{told}"
 
 
 def _few(names: list[str]) -> str:

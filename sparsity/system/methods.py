@@ -1,13 +1,14 @@
 """Names of criteria, allocations and recoveries, and what each reads; torch-free, so that flags are parsed at once.
 
-The functions behind the names are in `prune/criteria.py`, `prune/allocation.py` and `recover/__init__.py`.
+The functions behind the names are in `prune/criteria.py`, of filters in `prune/channels.py`, in `prune/allocation.py`
+and in `recover/__init__.py`.
 """
 
 from typing import NamedTuple
 
 # Name -> what it reads of the training split: nothing, images, or labels as well.
 CRITERIA = {"l1": "", "random": "", "activation": "images", "gradient": "labels", "obs": "images"}
-FILTER_CRITERIA = {"filter_l1": ""}  # these score whole filters
+FILTER_CRITERIA = {"filter_l1": "", "filter_activation": "images"}  # these score whole filters
 RECOVERIES = {"none": "", "batchnorm": "images", "reconstruction": "images", "distill": "images", "finetune": "labels"}
 ALLOCATIONS = ("uniform", "global", "lamp", "erk")
 FILTER_ALLOCATIONS = ("uniform", "global")  # the others are made for single weights

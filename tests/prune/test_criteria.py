@@ -14,7 +14,8 @@ from sparsity.data.calibration import Calibration
 from sparsity.data.images import Split, normalise
 from sparsity.networks.layers import prunable_layers
 from sparsity.prune import allocation, criteria
-from sparsity.prune.criteria import CRITERIA, FILTER_CRITERIA, Evidence, score
+from sparsity.prune.channels import FILTER_CRITERIA
+from sparsity.prune.criteria import CRITERIA, Evidence, score
 from sparsity.system import methods
 from sparsity.system.errors import UserError
 from sparsity.system.methods import Curve

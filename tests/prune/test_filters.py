@@ -1,6 +1,8 @@
 """Filters: which may be removed, the masked network, and the thin one that gives the same outputs."""
 
 import copy
+from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +10,15 @@ from conftest import awaken
 from torch import nn
 
 import Build_Resnet
+from sparsity.networks.families import build_empty
 from sparsity.networks.layers import prunable_layers, unmasked_state
+from sparsity.networks.narrow import narrow
 from sparsity.prune.allocation import Allocator
-from sparsity.prune.criteria import filter_l1
-from sparsity.prune.filters import Branch, branches, inner_convs, mask_filters, thin
+from sparsity.prune.channels import l1_norms
+from sparsity.prune.filters import Branch, branches, inner_convs, mask_filters
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner
+from sparsity.prune.thinning import thin
 from sparsity.system.methods import Curve
 
 LEVELS = [0, 30, 50, 70, 90, 99.5, 100]
@@ -34,13 +39,14 @@ def pruned(model, level, allocation="uniform"):
     """A copy without `level` percent of its inner filters, which of them were to stay, and how many more went."""
     model = copy.deepcopy(model)
     convs = {name: model.get_submodule(name) for name in inner_convs(model)}
-    keep, _ = Allocator(allocation, filter_l1(convs)).masks(level / 100)
+    scores = {name: l1_norms(conv) for name, conv in convs.items()}
+    keep, _ = Allocator(allocation, scores).masks(level / 100)
     return model, keep, mask_filters(model, keep)
 
 
 def rebuilt(spec, found):
-    small = Build_Resnet.build(spec | {"widths": found.widths})
-    small.load_state_dict(found.state)
+    small = build_empty(spec | {"widths": found.widths}, found.state)
+    small.load_state_dict(found.state, assign=True)
     return small.eval()
 
 
@@ -91,11 +97,13 @@ def test_the_thin_network_gives_the_outputs_of_the_masked_one(arch, allocation, 
     small = rebuilt(spec_of(arch), found)
     assert apart(model, small) <= 1e-4
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert (found.removed, found.dead) == (sum(int((~filters).sum()) for filters in keep.values()) + more, 0)
-    assert more == 0 or level > 99  # where a convolution is emptied, its block is
+    assert more == 0 or level > 99  # where a convolution is emptied, its block is, but for a filter of zeros in each
+    assert (found.dead > 0) == any(not filters.any() for filters in keep.values())
+    assert found.removed + found.dead == sum(int((~filters).sum()) for filters in keep.values()) + more
     left = sum(int(torch.count_nonzero(layer.weight)) for layer in prunable_layers(model, EXAMPLE).values())
     # Masked is removed, nothing more and nothing less.
-    assert sum(layer.weight.numel() for layer in prunable_layers(small, EXAMPLE).values()) == left
+    assert sum(int(torch.count_nonzero(layer.weight)) for layer in prunable_layers(small, EXAMPLE).values()) == left
+    assert found.dead or sum(layer.weight.numel() for layer in prunable_layers(small, EXAMPLE).values()) == left
     for name, filters in keep.items() if allocation == "uniform" else ():
         assert int((~filters).sum()) == round(level / 100 * len(filters))
         norms = dense.get_submodule(name).weight.detach().abs().sum(dim=(1, 2, 3))
@@ -121,18 +129,17 @@ def test_where_a_convolution_is_emptied_its_branch_goes_and_at_100_percent_a_blo
     convs = branches(model)[0].convs[:-1]
     assert mask_filters(model, {convs[-1]: torch.zeros(8, dtype=torch.bool)}) == 8 * (len(convs) - 1)
     found = thin(model)
-    assert {found.widths[name] for name in convs} == {0} and apart(model, rebuilt(spec_of(arch), found)) <= 1e-4
+    assert {found.widths[name] for name in convs} == {1} and apart(model, rebuilt(spec_of(arch), found)) <= 1e-4
     found = thin(pruned(network(arch), 100)[0])
-    assert set(found.widths.values()) == {0}
+    assert found.widths == dict.fromkeys(Build_Resnet.inner_widths(arch, 8), 1)
     small = rebuilt(spec_of(arch), found)
     block, following = small.layer2[:2]
     images = torch.randn(2, block.shortcut[0].in_channels, 8, 8)
     with torch.no_grad():
         assert torch.equal(block(images), block.shortcut(images).relu())
         assert torch.equal(following(block(images)), block(images))
-    assert inner_convs(small) == []
-    prune_l1_uniform(prunable_layers(small, EXAMPLE), 1.0)
-    assert thin(small).removed == 0
+    again = thin(small)
+    assert again.removed == 0 and again.dead == found.dead == len(found.widths)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -143,7 +150,7 @@ def test_dead_channels_go_where_outputs_stay_the_same(arch, level):
     found = thin(model)
     assert apart(model, rebuilt(spec_of(arch), found)) <= 1e-4
     assert level == 90 or (found.removed > 0) == (level > 90)
-    assert min(found.widths.values()) >= 1
+    assert min(found.widths.values(), default=1) >= 1
 
 
 class Inverted(nn.Module):
@@ -168,7 +175,11 @@ def test_depthwise_convolutions_go_along_and_removed_channels_are_silent():
     dense = awaken(Inverted())
     assert inner_convs(dense) == ["stem.0", "block.0.0"] and not any(branch.plain for branch in branches(dense))
     model, keep, more = pruned(dense, 50)
-    assert more == 0 and thin(model).removed == 0  # no ReLU: it stays whole
+    found = thin(model)
+    assert more == 0 and found.removed == sum(int((~filters).sum()) for filters in keep.values())
+    small = narrow(Inverted(), found.state, found.widths)
+    small.load_state_dict(found.state)
+    assert small.block[1][0].groups == 12 and apart(model, small.eval()) <= 1e-4
     gone = ~keep["block.0.0"]
     assert int(gone.sum()) == 12
     seen = {}
@@ -216,7 +227,7 @@ def test_constants_of_dead_channels(padding, unread, bias, removed, dead):
     found = thin(model)
     assert (found.removed, found.dead) == (removed, dead)
     assert torch.equal(found.state["4.running_mean"], model[4].running_mean) == (padding == 1)
-    small = sequence(found.widths["0"], padding)
+    small = sequence(found.widths.get("0", 4), padding)
     small.load_state_dict(found.state)
     assert apart(model, small.eval()) <= 1e-5
 
@@ -226,23 +237,32 @@ def test_a_thin_network_is_thinned_again_and_excluded_layers_keep_their_filters(
     dense = rebuilt(spec_of(), first)
     layers = [name for name in prunable_layers(dense, EXAMPLE) if name != "layer1.0.conv1"]
     model, _ = Pruner(dense, layers).prune(Curve("filter_l1", "uniform", "none"), 50)
-    twice = thin(model)
-    assert (twice.widths["layer1.0.conv1"], twice.widths["layer1.0.conv2"]) == (4, 2)
-    assert apart(model, rebuilt(spec_of() | {"widths": first.widths}, twice)) <= 1e-4
+    twice, widths = thin(model), first.widths
+    widths |= twice.widths
+    assert (widths["layer1.0.conv1"], widths["layer1.0.conv2"]) == (4, 2)
+    assert apart(model, rebuilt(spec_of(), replace(twice, widths=widths))) <= 1e-4
 
 
 def test_widths_are_read_off_the_shapes_and_impossible_ones_refused():
     found = thin(pruned(network(), 50)[0])
     assert Build_Resnet.spec_of(found.state) == spec_of() | {"widths": found.widths}
     assert "widths" not in Build_Resnet.spec_of(network().state_dict())
-    with pytest.raises(ValueError, match="none of the known architectures"):
-        Build_Resnet.spec_of(thin(pruned(network(), 100)[0]).state)
-    for said, wrong in {
-        "no inner convolution": [{name: 1} for name in ("layer9.0.conv1", "layer1.0.conv3", 3)],
-        "from 0 to 8": [{"layer1.0.conv1": width} for width in (9, -1, True, 2.0)],
-        "no filters in one convolution": [{"layer1.0.conv1": 0}],
-        "not a dictionary": [[1]],
-    }.items():
-        for widths in wrong:
-            with pytest.raises(ValueError, match=said):
-                Build_Resnet.build(spec_of() | {"widths": widths})
+    name = "layer1.0.conv1"
+    for said, widths, tensors in (
+        ("no convolution or linear layer", {"layer9.0.conv1": 1}, {}),
+        ("no convolution or linear layer", {"bn1": 1}, {}),
+        ("no convolution or linear layer", {3: 1}, {}),
+        *(("from 1 to 8", {name: width}, {}) for width in (9, 0, -1, True, 2.0)),
+        ("not a dictionary", [[1]], {}),
+        ("is 3, but not that of its weight", {name: 3}, {}),
+        ("is 4, but not that of its weight", {name: 4}, {f"{name}.weight": torch.tensor(0.0)}),
+        ("no part of", {name: 4}, {f"{name}.weight": torch.zeros(4, 8, 3, 3)}),
+        ("no part of", {name: 4}, {f"{name}.weight": torch.zeros(4, 9, 1, 1)}),
+        ("no part of", {name: 4}, {"layer1.0.bn1.weight": torch.zeros(0)}),
+        ("no part of", {name: 4}, {"layer1.0.bn1.bias": torch.zeros(())}),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build_empty(spec_of() | {"widths": widths}, found.state | tensors)
+    with pytest.raises(ValueError, match="depth has 6 filters, which are no whole groups"):
+        grouped = nn.Sequential(OrderedDict(depth=nn.Conv2d(8, 16, 1, groups=4)))
+        narrow(grouped, {"depth.weight": torch.zeros(6, 2, 1, 1)}, {})

@@ -15,9 +15,9 @@ from sparsity.data.calibration import Augmentation, draw_calibration
 from sparsity.data.images import normalise
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import prunable_layers
-from sparsity.prune.filters import thin
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner
+from sparsity.prune.thinning import thin
 from sparsity.recover import RECOVERIES, Means
 from sparsity.recover.distill import Distillation, distill
 from sparsity.system.errors import UserError

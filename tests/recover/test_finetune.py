@@ -13,9 +13,9 @@ from helpers import zeros_by_layer
 import Build_Resnet
 from sparsity.data.images import normalise
 from sparsity.networks.layers import prunable_layers
-from sparsity.prune.filters import thin
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner
+from sparsity.prune.thinning import thin
 from sparsity.recover.finetune import Finetuning, finetune, rewound_rates
 from sparsity.system.errors import UserError
 from sparsity.system.methods import Curve

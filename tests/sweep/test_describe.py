@@ -102,13 +102,14 @@ def test_what_can_be_done_is_counted(small_net, small_split):
     assert lines[4:] == [
         "refitted by reconstruction: 3 of 3 prunable layers",
         "filters that can be removed: 6, in 1 convolutions",
+        "with --couple: 24 channels can be removed, in 3 groups",
     ]
 
 
 def test_layers_that_are_not_refitted_are_named(small_split):
     model = awaken(Odd())
     nn.utils.parametrize.remove_parametrizations(model.down, "weight")
-    told = list(ability_lines(model, layer_table(model, EXAMPLE, []), small_split))[-2]
+    told = list(ability_lines(model, layer_table(model, EXAMPLE, []), small_split))[-3]
     assert told == (
         "refitted by reconstruction: 3 of 5 prunable layers; not depthwise: runs 2 times; "
         "not attention.out_proj: inside MultiheadAttention"

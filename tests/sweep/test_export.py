@@ -103,10 +103,10 @@ def test_filters_are_removed_from_the_file(tiny_checkpoint, tmp_path):
     assert share_of_zeros(small) == 0
     assert sum(int(torch.count_nonzero(parameter)) for parameter in small.parameters()) == int(half["nonzero"])
     assert "0 predictions differ" in half["notes"] and "0 predictions differ" in none["notes"]
-    assert not restored(exported(tmp_path, "filter_l1_uniform_none_100.pth")).layer1[0].has_branch
+    assert restored(exported(tmp_path, "filter_l1_uniform_none_100.pth")).layer3[1].conv1.out_channels == 1
 
 
-def test_sweeps_and_recovery_go_on_from_a_thin_network(tiny_checkpoint, tmp_path, capsys):
+def test_sweeps_and_recovery_go_on_from_a_thin_network(tiny_checkpoint, tmp_path):
     flags = ["--criterion", "filter_l1", "--export", "50,100"]
     assert export(tmp_path, "--checkpoint", tiny_checkpoint, *flags) == 0
     half, empty = (exported(tmp_path, f"filter_l1_uniform_none_{level}.npz") for level in (50, 100))
@@ -119,8 +119,6 @@ def test_sweeps_and_recovery_go_on_from_a_thin_network(tiny_checkpoint, tmp_path
     assert export(tmp_path / "twice", "--checkpoint", half, *twice) == 0
     small = restored(exported(tmp_path / "twice", "filter_l1_uniform_finetune_50.npz"))
     assert small.layer4[0].conv1.out_channels == 8 and share_of_zeros(small) == 0
-    assert sweep(tmp_path / "none", "--checkpoint", empty, "--criterion", "filter_l1") == 1
-    assert "no filters that can be removed" in capsys.readouterr().err
 
 
 def test_an_export_is_kept_unless_it_is_damaged_or_another_one_is_wanted(swept_at_two, tiny_checkpoint, tmp_path):
