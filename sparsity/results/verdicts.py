@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsity.results.rows import Row, curve_name, points, six_digits
+from sparsity.results.rows import MACS_UNIT, Row, curve_name, points, six_digits, unit
 from sparsity.results.statistics import Pairs, Verdict, discordant, halves, judge, mcnemar_p, mean_change, on
 from sparsity.results.store import Sweep
 from sparsity.system.flags import level_text
@@ -38,7 +38,8 @@ def summarise_all(sweep: Sweep, tolerance: float) -> list[dict[str, Any]]:
         if following is not None:
             entry["next_difference"] = _percent(mean_change(levels[following], choosing))
         entry |= _report(verdict, [] if level is None else on(levels[level], reporting))
-        entries.append(entry | {"sentence": _sentence(entry, lowest=level == min(filter(None, levels), default=None))})
+        lowest, what = level == min(filter(None, levels), default=None), unit(curve, sweep.header["settings"])
+        entries.append(entry | {"unit": what, "sentence": _sentence(entry, lowest, what)})
     return entries
 
 
@@ -72,15 +73,14 @@ def _percent(share: float) -> float:
     return round(100 * float(share), 6)
 
 
-def _sentence(entry: dict[str, Any], lowest: bool) -> str:
-    """The chosen level of an entry, the `lowest` measured above 0 % or not, and whether it is shown."""
+def _sentence(entry: dict[str, Any], lowest: bool, unit: str) -> str:
+    """The chosen level of an entry in its unit, the `lowest` measured above 0 % or not, and whether it is shown."""
     curve, within, half = curve_of(entry), points(entry["tolerance"]), "on half of the test images"
     if not entry["level"]:
         return f"{curve_name(curve)}: no measured level above 0 % chosen; {_obstacle(entry)} (tolerance {within})."
     after = "highest measured"
     if entry["next_level"] is not None:
         after = f"next measured: {level_text(entry['next_level'])} %, loses {-entry['next_difference']:.2f} points"
-    unit = "inner filters" if curve.prunes_filters else "weights"
     others = "lowest measured" if lowest else "like every lower level measured"
     corrected = f", simultaneous over {entry['family']} curves" * (entry["family"] > 1)
     corrected += f", over {entry['checkpoints']} checkpoints" * (entry["checkpoints"] > 1)
@@ -115,8 +115,9 @@ def label_text(entry: dict[str, Any]) -> str:
     """The chosen level of an entry in three lines for a figure, with the figures of the reporting half."""
     if not verdict_text(entry):
         return ""
+    what = f" of the {MACS_UNIT}" * (entry.get("unit") == MACS_UNIT)  # where the x axis shows weights as well
     return (
-        f"{level_text(entry['level'])} % pruned: {entry['accuracy']:.1f} %, dense {entry['dense']:.1f} %\n"
+        f"{level_text(entry['level'])} %{what} pruned: {entry['accuracy']:.1f} %, dense {entry['dense']:.1f} %\n"
         f"on the {entry['images']:,} reporting images;\n{verdict_text(entry)}"
     )
 
