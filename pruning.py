@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -23,21 +24,25 @@ from sparsity.networks.inference import compiled
 from sparsity.networks.layers import Layer, exclude, positions_per_image, prunable_layers
 from sparsity.networks.sparse import require_supported
 from sparsity.prune.coupling import couple
+from sparsity.prune.groups import require_groups
 from sparsity.recover import RECOVERIES
 from sparsity.results import comparison, summary, verdicts
 from sparsity.results.files import SweepFiles
 from sparsity.results.store import Sweep, join_parts, open_sweep, read_sweep
 from sparsity.sweep import inputs, work
+from sparsity.sweep.choice import chosen_panel, export_candidates
 from sparsity.sweep.controls import measure_controls, require_comparable
 from sparsity.sweep.describe import describe
 from sparsity.sweep.export import Exporter, ExportFiles
 from sparsity.sweep.flags import PROGRAMS
 from sparsity.sweep.header import describe_sweep, output_name
 from sparsity.sweep.level import Evaluator, Extra, PrunedNetwork
+from sparsity.sweep.levels import CHOICES
 from sparsity.sweep.networks import Networks, resume_curve, save_step
 from sparsity.sweep.predict import predict
 from sparsity.sweep.prepare import coupled_text, filter_layers, prepare_inference, say_what_stays_dense
 from sparsity.sweep.programs import require_program
+from sparsity.sweep.search import search_levels
 from sparsity.sweep.timing import Timer
 from sparsity.system import processes
 from sparsity.system.errors import UserError, command_line, run_main
@@ -46,9 +51,13 @@ from sparsity.system.machine import DTYPES, derived_seed, release_memory, set_up
 
 
 def run_experiment(
-    sweep: Sweep, networks: Networks, share: dict[str, work.Panel], evaluator: Evaluator, iterative: bool
+    networks: Networks, share: dict[str, work.Panel], evaluator: Evaluator, iterative: bool, search: float | None
 ) -> None:
-    """The experiment: prune, recover, evaluate and record each network of this process's share."""
+    """The experiment: prune, recover, evaluate and record each network of this process's share.
+
+    In a `search`, for a tolerance of so many points, each row decides the next level.
+    """
+    sweep = evaluator.sweep
     for name, panel in share.items():
         network = networks.open(name)
         evaluator.begin(name, network.means.dense)
@@ -56,6 +65,8 @@ def run_experiment(
             pruner = network.pruner
             if iterative:
                 pruner, levels = resume_curve(sweep, network, curve, levels)
+            elif search is not None and not curve.pattern:
+                levels = search_levels(sweep, name, curve, search)
             for level in levels:
                 started, seed = time.perf_counter(), derived_seed(network.seed, round(level * 1e6))
                 model, notes = pruner.prune(curve, level)
@@ -94,10 +105,12 @@ def sweep_levels(args: argparse.Namespace) -> None:
         sweep = open_shared(files, describe_sweep(args, given, panel), given, prunable, args.restart)
         test = given.test.to(device)
         fast = compiled(inference, test, args.batch_size) if args.compile == "on" else None
-        extras = make_extras(args, sweep, exported, test, inference)
+        extras = make_extras(args, sweep, exported, panel, test, inference)
         rest = {"batch_size": args.batch_size, "engine": args.engine, "extras": extras, "bar": bar}
         evaluator = Evaluator(sweep, inference, fast, test, positions, layers=tuple(prunable), **rest)
-        evaluate_missing(args, given, panel, evaluator)
+        evaluate_missing(args, given, panel, evaluator, args.tolerance if args.search else None)
+        if args.export in CHOICES:
+            export_chosen(args, given, panel, evaluator)
         if processes.first():
             measure_controls(args.controls, evaluator, given.saved, given.dense)
             bar.close()
@@ -114,6 +127,7 @@ def plan(args: argparse.Namespace, given: inputs.Inputs) -> tuple[dict[str, Laye
         print(f"coupled: {coupled_text(couple(given.dense, prunable))}")
     inner = filter_layers(given.dense, list(prunable), args.couple)
     panel = work.choose_panel(args, list(prunable), inner)
+    require_groups(prunable, panel)
     return prunable, positions_per_image(given.dense, example), panel
 
 
@@ -124,9 +138,9 @@ def prepare_exports(args: argparse.Namespace, given: inputs.Inputs, panel: work.
     if args.export is not None:
         if args.export_format in PROGRAMS:
             require_program(given.dense, given.test, args.export_precision, args.export_format)
-        wanted = [(curve, level) for curve, levels in panel.items() for level in levels if level in args.export]
+        wanted, most = export_candidates(args.export, panel, args.search)
         weights = sum(parameter.numel() for parameter in given.dense.parameters())
-        files.require_writable(wanted, [*given.paths, *args.controls], weights)
+        files.require_writable(wanted, most, [*given.paths, *args.controls], weights)
     return files
 
 
@@ -143,24 +157,40 @@ def open_shared(
 
 
 def make_extras(
-    args: argparse.Namespace, sweep: Sweep, exported: ExportFiles, test: Split, inference: nn.Module
+    args: argparse.Namespace,
+    sweep: Sweep,
+    exported: ExportFiles,
+    panel: work.Panel,
+    test: Split,
+    inference: nn.Module,
 ) -> tuple[Extra, ...]:
     """The measurements of --export and --measure; rows that lack one are to be evaluated again."""
     extras: list[Extra] = []
     dtype = DTYPES[args.precision]
     if args.export is not None:
         about = {"schedule": sweep.header["settings"]["schedule"], "seed": args.seed, "excluded": args.exclude}
-        extras.append(Exporter(frozenset(args.export), exported, sweep, test, args.batch_size, dtype, about))
+        about["budget"] = args.budget
+        wanted = set() if args.export in CHOICES else set(export_candidates(args.export, panel, search=False)[0])
+        extras.append(Exporter(wanted, exported, sweep, test, args.batch_size, dtype, about))
     if args.measure:
         extras.append(Timer(sweep, inference, test.images.shape[-1], args.engine, args.compile == "on"))
     sweep.outdate(row.key for row in sweep.table() if any(extra.lacks(row) for extra in extras))
     return tuple(extras)
 
 
-def evaluate_missing(args: argparse.Namespace, given: inputs.Inputs, panel: work.Panel, evaluator: Evaluator) -> None:
-    """Evaluate the networks without a row: the dense ones by all processes together, then each its share."""
+def evaluate_missing(
+    args: argparse.Namespace,
+    given: inputs.Inputs,
+    panel: work.Panel,
+    evaluator: Evaluator,
+    search: float | None = None,
+) -> None:
+    """Evaluate the networks without a row: the dense ones by all processes together, then each its share.
+
+    With `search`, points of tolerance, the levels of `panel` are those that the search finds.
+    """
     sweep, iterative = evaluator.sweep, args.schedule == "iterative"
-    missing = work.find_missing(sweep, panel, iterative)
+    missing = work.find_missing(sweep, panel, iterative, search)
     settings = sweep.header["settings"]
     known = settings.get("calibration_augmentation")
     calibration, train = inputs.load_training_images(args, given, missing.values(), known)
@@ -168,7 +198,8 @@ def evaluate_missing(args: argparse.Namespace, given: inputs.Inputs, panel: work
     processes.wait()  # all have read the files that are there
     sweep.begin(calibration_sha256=calibration and calibration.images.hash(), training_sha256=train and train.hash())
     args.words = [word for word in args.words if word != "--restart"]  # an interrupted run goes on with its rows
-    networks = Networks(args, given, tuple(sweep.header["checkpoints"]), evaluator.layers, calibration, train)
+    names, positions = tuple(sweep.header["checkpoints"]), evaluator.positions
+    networks = Networks(args, given, names, evaluator.layers, positions, calibration, train)
     work.announce(evaluator, missing)
     for name in missing:
         if name not in sweep.dense:
@@ -176,10 +207,31 @@ def evaluate_missing(args: argparse.Namespace, given: inputs.Inputs, panel: work
     tuned = args.finetune_epochs * len(train or ())
     distilled = args.distill_epochs * len(inputs.distillation_images(args, train)) if train else 0
     costs = work.level_costs(len(given.test), len(calibration or ()), distilled, tuned)
-    run_experiment(sweep, networks, work.my_share(missing, costs, iterative), evaluator, iterative)
+    run_experiment(networks, work.my_share(missing, costs, iterative), evaluator, iterative, search)
     processes.wait()
     if processes.first():
         sweep.join(read_sweep(part) for part in sweep.files.parts())
+
+
+def export_chosen(args: argparse.Namespace, given: inputs.Inputs, panel: work.Panel, evaluator: Evaluator) -> None:
+    """Prune and recover the networks at the chosen levels once more, and write their files; their rows stay the same.
+
+    Nothing is done where the files are there.
+    """
+    sweep, exporter = evaluator.sweep, next(extra for extra in evaluator.extras if isinstance(extra, Exporter))
+    entries = verdicts.summarise_all(sweep, args.tolerance)
+    chosen, lines = chosen_panel(sweep, entries, panel, args.export == "best", args.budget == "macs")
+    exporter.wanted.update((curve, level) for curve, (level,) in chosen.items())
+    exporter.files.require_writable([*exporter.wanted], 0, [*given.paths, *args.controls], 0)  # of rows there before
+    lacking = [row.key for row in sweep.table() if exporter.lacks(row)]
+    sweep.outdate(lacking)
+    if args.schedule == "iterative":  # a level is reached by those before
+        chosen = {curve: [step for step in panel[curve] if step <= level] for curve, (level,) in chosen.items()}
+    if lacking:
+        print("the networks at the chosen levels are made once more, for their files")
+        evaluate_missing(args, given, chosen, replace(evaluator, extras=(exporter,)))
+    for line in lines:
+        print(line)
 
 
 def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:

@@ -146,6 +146,30 @@ def other_checkpoint(image_folder, tmp_path_factory) -> Path:
     return out / "checkpoints" / "colours_resnet18_ckpt_epoch1.pth"
 
 
+NET = """from torch import nn
+def net(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, num_classes))
+"""
+
+
+@pytest.fixture(scope="session")
+def accurate(tmp_path_factory) -> list[str]:
+    """Flags that name a network of 2,500 parameters that gets nearly all of its 180 test images right."""
+    out = tmp_path_factory.mktemp("accurate")
+    (out / "small.py").write_text(NET)
+    arch = ["--arch", f"{out / 'small.py'}:net"]
+    images = write_image_folder(out / "colours", train=16, test=60)
+    places = ["--checkpoint_dir", str(out / "checkpoints"), "--images_dir", str(out / "images")]
+    import run
+
+    flags = ["--dataset", "folder", "--data_dir", str(images), *places, *arch, *TINY[4:], "--threads", "1"]
+    assert run.main([*flags, "--epochs", "8", "--learning_rate", "0.05"]) == 0
+    return ["--checkpoint", str(out / "checkpoints" / "colours_small_net_ckpt_epoch8.pth"), *arch]
+
+
 @pytest.fixture(scope="session")
 def sweep_of_two(tiny_checkpoint, tmp_path_factory) -> Path:
     """The folder of a finished sweep of `tiny_checkpoint` at 0 and 50 percent, with --precision fp32 --threads 1."""

@@ -15,10 +15,10 @@ from sparsity.figures import style
 from sparsity.figures.heatmaps import plot_classes, plot_layers
 from sparsity.figures.labels import name_lines_directly, point_out
 from sparsity.figures.savings import plot_savings, plot_tradeoff
-from sparsity.results.rows import Row, column_mean, curve_name, points
+from sparsity.results.rows import Row, column_mean, curve_name, points, unit
 from sparsity.results.statistics import mean_and_deviation
 from sparsity.results.store import Sweep, SweepFiles, dense_accuracy, read_sweep
-from sparsity.results.verdicts import curve_of, label_text, removed_unit, scope_text
+from sparsity.results.verdicts import curve_of, label_text, scope_text
 from sparsity.system.flags import level_text
 from sparsity.system.methods import Curve
 
@@ -48,13 +48,15 @@ def plot_all(files: SweepFiles) -> list[Path]:
 def plot_sweep(sweep: Sweep) -> Path:
     """Accuracy against the pruned share of the weights, and of the multiply-adds: the sweep's .png.
 
-    There is a panel for multiply-adds where allocations differ in them, and a second row, of the last NEAR points below
-    dense, where a third of the networks lie there. Where half of the levels are 90 % and more, the axes are the shares
-    that are left, on a logarithmic scale. Up to MOST_NAMES curves have their names beside them.
+    There is a panel for multiply-adds where allocations differ in them or levels are shares of them, and a second row,
+    of the last NEAR points below dense, where a third of the networks lie there. Where half of the levels are 90 % and
+    more, the axes are the shares that are left, on a logarithmic scale. Up to MOST_NAMES curves have their names beside
+    them.
     """
     curves = {curve: levels for curve, levels in sweep.curves().items() if levels}
     dense, log = dense_accuracy(sweep), _levels_crowd(curves)
-    axis_list = [WEIGHTS, MACS] if _macs_differ(curves) else [WEIGHTS]
+    both = _macs_differ(curves) or sweep.header["settings"].get("budget") == "macs"
+    axis_list = [WEIGHTS, MACS] if both else [WEIGHTS]
     panels = [(axis, near) for near in ([False, True] if _many_near(curves, dense) else [False]) for axis in axis_list]
     columns = min(2, len(panels))
     size = (10, 4.2 * len(panels) / columns + 0.6) if columns == 2 else (8, 5)
@@ -202,7 +204,7 @@ def _message(sweep: Sweep) -> str:
     shown = {"shown_level": "Shown to be", "level": "Chosen, but not shown to be"}[key]
     parts = []
     for entry in (best, entries[0]) if best is not entries[0] else (best,):
-        level, what = entry.get(key), removed_unit(sweep, curve_of(entry))
+        level, what = entry.get(key), unit(curve_of(entry), sweep.header["settings"])
         amount = f"{level_text(level)} %{'' if parts else f' of the {what} gone'}" if level else "no level"
         parts.append(f"{amount} {style.unbroken(f'({curve_name(curve_of(entry))})')}")
     return f"{shown} within {points(best['tolerance'])} of dense: {', '.join(parts)}"

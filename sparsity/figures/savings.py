@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from sparsity.figures import style
 from sparsity.figures.labels import Label, Place, place_labels
-from sparsity.results.rows import SPARSE_NOTE, Row, column_mean, curve_name, points, read_rows
+from sparsity.results.rows import SEMI_STRUCTURED_NOTE, SPARSE_NOTE, Row, column_mean, curve_name, points, read_rows
 from sparsity.results.store import Sweep, dense_accuracy
 from sparsity.system.flags import level_text
 
@@ -33,7 +33,7 @@ def savings_lines(sweep: Sweep) -> list[str]:
     lines = []
     for curve, levels in sweep.curves().items():
         timed = {level: rows for level, rows in levels.items() if all(row.speedup for row in rows)}
-        sparse = {level: rows for level, rows in timed.items() if all(SPARSE_NOTE in row.notes for row in rows)}
+        sparse = {level: rows for level, rows in timed.items() if all(_by_sparse_kernels(row) for row in rows)}
         skipping = timed if curve.prunes_filters else sparse
         if masked := [column_mean(rows, "speedup") for level, rows in timed.items() if level not in skipping]:
             lines.append(
@@ -49,11 +49,18 @@ def savings_lines(sweep: Sweep) -> list[str]:
                 speeds.append(f"{level_text(level)} %: {speed:.2f}x for {ratio:.2f}x fewer multiply-adds")
             lines.append(f"{curve_name(curve)}: throughput {how} against dense, {', '.join(speeds)}")
     for entry in sweep.header.get("exports", {}).values():
+        told = ""
+        if "reporting_accuracy" in entry:  # files of earlier versions do not tell it
+            told = f", {entry['reporting_accuracy']:.2f} % on the {entry['reporting_images']:,} images for reporting"
         lines.append(
-            f"{entry['file']}: {entry['bytes']:,} bytes ({entry['precision']}), {entry['bits_a_weight']:.2f} bits a "
-            f"prunable weight (mask entropy and raw values: {entry['entropy_and_values']:.2f})"
+            f"{entry['file']}: {entry['bytes']:,} bytes ({entry['precision']}){told}, {entry['bits_a_weight']:.2f} "
+            f"bits a prunable weight (mask entropy and raw values: {entry['entropy_and_values']:.2f})"
         )
     return lines
+
+
+def _by_sparse_kernels(row: Row) -> bool:
+    return SPARSE_NOTE in row.notes or SEMI_STRUCTURED_NOTE in row.notes
 
 
 def plot_tradeoff(sweep: Sweep) -> Path:

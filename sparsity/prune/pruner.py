@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from sparsity.data.calibration import Calibration
 from sparsity.networks.layers import unmasked_state
 from sparsity.prune.allocation import Allocator
+from sparsity.prune.budget import filters_share, ranks, weights_share
 from sparsity.prune.channels import group_scores, inner_scores, mask_channels, rounded
 from sparsity.prune.coupling import Coupling, couple
 from sparsity.prune.criteria import SQUARED, Evidence, score
 from sparsity.prune.filters import inner_convs, mask_filters
+from sparsity.prune.groups import group_masks
 from sparsity.prune.masks import apply_masks, mask_twins, prune_l1_uniform
 from sparsity.system.methods import ONE_LAYER, Curve
 
@@ -25,7 +27,8 @@ class Pruner:
     Scores are computed once for all curves of a criterion that follow each other, and sorted once for all levels of a
     curve. `seed` draws random scores; pass another one for each checkpoint. With `nested`, weights that are zero
     already go before all others. With `couple`, criteria of filters remove coupled channels; of each convolution, or
-    group of coupled channels, a multiple of `multiple` stays.
+    group of coupled channels, a multiple of `multiple` stays. `costs` holds the multiply-adds of one weight of each
+    layer where a level is a share of those, None where it is one of the weights.
     """
 
     network: nn.Module
@@ -35,6 +38,7 @@ class Pruner:
     nested: bool = False
     couple: bool = False
     multiple: int = 1
+    costs: dict[str, int] | None = None
 
     def __post_init__(self):
         self._curve = ("", "")  # criterion and allocation of those that are held:
@@ -62,24 +66,48 @@ class Pruner:
         names, allocation = _scope(curve, self.layers)
         layers = {name: model.get_submodule(name) for name in names}
         on_cpu = next(self.network.parameters()).device.type == "cpu"
-        masks, swapped = self._allocate(curve).masks(level / 100)
+        if curve.pattern:
+            masks = group_masks(layers, self._scores_by(curve.criterion), *curve.pattern)
+            told = _dense_notes([name for name in layers if name not in masks], curve.pattern[1])
+            layers = {name: layers[name] for name in masks}
+        else:
+            allocator, sparsity = self._allocate(curve), level / 100
+            if self.costs and allocation != "uniform":  # which removes the same share of both
+                sparsity = weights_share(allocator, self.costs, sparsity)
+            masks, swapped = allocator.masks(sparsity)
+            told = _swap_notes(swapped, "weight")
         if (curve.criterion, allocation) == ("l1", "uniform") and on_cpu:
             # Of equal magnitudes at the threshold the study's call masks others; on a GPU it depends on the kernels.
-            tied = self._allocate(curve).tied(level / 100)
-            prune_l1_uniform({name: layers[name] for name in tied}, level / 100)
+            tied = allocator.tied(sparsity)
+            prune_l1_uniform({name: layers[name] for name in tied}, sparsity)
             masks = {name: mask for name, mask in masks.items() if name not in tied}
         apply_masks({name: layers[name] for name in masks}, masks)
         mask_twins(model, layers)
-        return model, [*self._notes, *_swap_notes(swapped, "weight")]
+        return model, [*self._notes, *told]
 
     def _prune_filters(self, curve: Curve, level: float) -> tuple[nn.Module, list[str]]:
         """A copy of the network without `level` percent of its inner filters, or of its coupled channels."""
-        model, scores = copy.deepcopy(self.network), self._score_filters(curve.criterion)
+        scores = self._score_filters(curve.criterion)
         names, allocation = _scope(curve, list(scores))
         # A few thousand filters are sorted in no time; filters that are gone already have the lowest score.
         scores = {name: scores[name] for name in names}
-        keep, swapped = Allocator(allocation, scores).masks(level / 100)
-        keep = rounded(keep, scores, self.multiple)
+        if self.costs and allocation == "uniform":  # filter by filter, not the layers of one width in step
+            allocation, scores = "global", ranks(scores)
+        allocator, share, notes = Allocator(allocation, scores), level / 100, []
+        if self.costs:
+            filters = sum(map(len, allocator.ascending))
+            share, met = filters_share(lambda gone: self._without(allocator, gone, True)[0], filters, self.costs, share)
+            if share == 1 and level < 100:
+                notes = [f"all filters together are {100 * met:.1f} % of the multiply-adds"]
+        model, more = self._without(allocator, share)
+        return model, notes + more
+
+    def _without(self, allocator: Allocator, share: float, light: bool = False) -> tuple[nn.Module, list[str]]:
+        """A copy of the network without this share of filters or channels; a `light` one shares weights with it."""
+        weights = [weight for weight in self.network.parameters() if weight.dim() > 1] if light else []
+        model = copy.deepcopy(self.network, {id(weight): weight for weight in weights})
+        keep, swapped = allocator.masks(share)
+        keep = rounded(keep, allocator.scores, self.multiple)
         if self.couple:
             gone = torch.zeros(self.coupling.units, dtype=torch.bool)
             for name, kept in keep.items():
@@ -102,17 +130,22 @@ class Pruner:
         return self._filter_scores[criterion]
 
     def _allocate(self, curve: Curve) -> Allocator:
-        """The allocation of a curve's scores; those of the last curve are freed first, because they fill memory."""
+        """The allocation of a curve's scores; that of the last curve is freed first, because it fills memory."""
+        everything = self._scores_by(curve.criterion)
         if self._curve != curve[:2]:
             self._allocator = None
-            if self._curve[0] != curve.criterion:
-                self._scores = {}
-                self._scores = self._score(curve.criterion)
             names, allocation = _scope(curve, self.layers)
-            scores = {name: self._scores[name] for name in names}
+            scores = {name: everything[name] for name in names}
             self._allocator = Allocator(allocation, scores, squared=curve.criterion in SQUARED)
             self._curve = curve[:2]
         return self._allocator
+
+    def _scores_by(self, criterion: str) -> dict[str, Tensor]:
+        """The scores of all weights by a criterion; those of the last one are freed first, because they fill memory."""
+        if self._curve[0] != criterion:
+            self._scores, self._allocator = {}, None
+            self._scores, self._curve = self._score(criterion), (criterion, "")
+        return self._scores
 
     def _score(self, criterion: str) -> dict[str, Tensor]:
         """The scores of all weights by a criterion."""
@@ -139,6 +172,10 @@ def _scope(curve: Curve, names: list[str]) -> tuple[list[str], str]:
     if curve.allocation.startswith(ONE_LAYER):
         return [curve.allocation.removeprefix(ONE_LAYER)], "uniform"
     return names, curve.allocation
+
+
+def _dense_notes(names: list[str], size: int) -> list[str]:
+    return [f"dense, because their inputs are no multiple of {size}: {', '.join(names)}"] * bool(names)
 
 
 def _swap_notes(swapped: int, unit: str) -> list[str]:

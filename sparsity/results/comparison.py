@@ -113,6 +113,17 @@ def asked_pairs(sweep: Sweep, entries: list[dict[str, Any]]) -> list[Asked]:
     return asked
 
 
+def furthest(sweep: Sweep, entries: list[dict[str, Any]], axis: str) -> Curve:
+    """The curve of `entries`, as from `summarise_all`, whose chosen level saves most on one of AXES.
+
+    Of those that save as much, to SAME_WEIGHTS points, the most accurate one, on the half of the images for choosing.
+    """
+    points, chosen = measured_points(sweep), {curve_of(entry): entry["level"] or 0.0 for entry in entries}
+    reach = {curve: _reach(sweep, points[curve], level, axis) for curve, level in chosen.items()}
+    most = max(saved for saved, _ in reach.values())
+    return max((curve for curve in reach if reach[curve][0] >= most - SAME_WEIGHTS), key=lambda curve: reach[curve][1])
+
+
 def _reach(sweep: Sweep, points: list[Point], chosen: float, axis: str) -> tuple[float, float]:
     """How far a curve goes: what its chosen level saves, and its change of accuracy there on the choosing half.
 

@@ -16,6 +16,9 @@ from sparsity.system.methods import Curve
 
 WAYS_OUT = "measure again with --restart, or choose another --name"
 SPARSE_NOTE = "sparse arithmetic"  # the note of rows whose network was run by sparse kernels
+SEMI_STRUCTURED_NOTE = "semi-structured kernels"  # begins that of rows that were timed by them
+
+MACS_UNIT = "multiply-adds"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,16 @@ def curve_name(curve: Curve) -> str:
     """A curve in words: 'l1 uniform', 'l1 global + batchnorm'."""
     criterion, allocation, recover = curve
     return f"{criterion} {allocation}" + ("" if recover == "none" else f" + {recover}")
+
+
+def unit(curve: Curve, settings: dict[str, Any]) -> str:
+    """The unit of a level of a curve: it is a share of these."""
+    if curve.pattern:
+        return f"weights in groups of {curve.pattern[1]} inputs"
+    if settings.get("budget") == "macs":
+        return MACS_UNIT
+    filters = "channels" if settings.get("couple") else "inner filters"
+    return filters if curve.prunes_filters else "weights"
 
 
 def column_mean(rows: list[Row], column: str) -> float:

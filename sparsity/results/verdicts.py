@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsity.results.rows import Row, curve_name, points, six_digits
+from sparsity.results.rows import MACS_UNIT, Row, curve_name, points, six_digits, unit
 from sparsity.results.statistics import Pairs, Verdict, discordant, halves, judge, mcnemar_p, mean_change, on
 from sparsity.results.store import Sweep
 from sparsity.system.flags import level_text
@@ -38,8 +38,8 @@ def summarise_all(sweep: Sweep, tolerance: float) -> list[dict[str, Any]]:
         if following is not None:
             entry["next_difference"] = _percent(mean_change(levels[following], choosing))
         entry |= _report(verdict, [] if level is None else on(levels[level], reporting))
-        lowest, unit = level == min(filter(None, levels), default=None), removed_unit(sweep, curve)
-        entries.append(entry | {"sentence": _sentence(entry, lowest, unit)})
+        lowest, what = level == min(filter(None, levels), default=None), unit(curve, sweep.header["settings"])
+        entries.append(entry | {"unit": what, "sentence": _sentence(entry, lowest, what)})
     return entries
 
 
@@ -73,14 +73,8 @@ def _percent(share: float) -> float:
     return round(100 * float(share), 6)
 
 
-def removed_unit(sweep: Sweep, curve: Curve) -> str:
-    """The things that a level of a curve is a share of."""
-    filters = "channels" if sweep.header["settings"].get("couple") else "inner filters"
-    return filters if curve.prunes_filters else "weights"
-
-
 def _sentence(entry: dict[str, Any], lowest: bool, unit: str) -> str:
-    """The chosen level of an entry, the `lowest` measured above 0 % or not, and whether it is shown."""
+    """The chosen level of an entry in its unit, the `lowest` measured above 0 % or not, and whether it is shown."""
     curve, within, half = curve_of(entry), points(entry["tolerance"]), "on half of the test images"
     if not entry["level"]:
         return f"{curve_name(curve)}: no measured level above 0 % chosen; {_obstacle(entry)} (tolerance {within})."
@@ -121,8 +115,9 @@ def label_text(entry: dict[str, Any]) -> str:
     """The chosen level of an entry in three lines for a figure, with the figures of the reporting half."""
     if not verdict_text(entry):
         return ""
+    what = f" of the {MACS_UNIT}" * (entry.get("unit") == MACS_UNIT)  # where the x axis shows weights as well
     return (
-        f"{level_text(entry['level'])} % pruned: {entry['accuracy']:.1f} %, dense {entry['dense']:.1f} %\n"
+        f"{level_text(entry['level'])} %{what} pruned: {entry['accuracy']:.1f} %, dense {entry['dense']:.1f} %\n"
         f"on the {entry['images']:,} reporting images;\n{verdict_text(entry)}"
     )
 

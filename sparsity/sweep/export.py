@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from sparsity.networks.layers import Way, set_way, unmasked_state, way_of, with_
 from sparsity.networks.packed import entropy_bits, share, stored
 from sparsity.prune.thinning import Thin, thin
 from sparsity.results.rows import Row
+from sparsity.results.statistics import halves
 from sparsity.results.store import Sweep
 from sparsity.sweep.flags import EXPORT_BITS, EXPORT_FORMATS, PROGRAMS
 from sparsity.sweep.level import SAMPLE, PrunedNetwork
@@ -57,16 +59,18 @@ class ExportFiles:
     form: str
 
     def path(self, curve: tuple[str, ...], level: float) -> Path:
-        """The file of a level of a curve."""
-        return self.folder / f"{'_'.join((self.name, *curve, level_text(level)))}{EXPORT_FORMATS[self.form]}"
+        """The file of a level of a curve; 2:4 is written 2-4, because not every system takes colons."""
+        parts = (self.name, *(part.replace(":", "-") for part in curve), level_text(level))
+        return self.folder / f"{'_'.join(parts)}{EXPORT_FORMATS[self.form]}"
 
-    def require_writable(self, wanted: list[tuple[Curve, float]], inputs: list[Path], weights: int) -> None:
+    def require_writable(self, wanted: list[tuple[Curve, float]], most: int, inputs: list[Path], weights: int) -> None:
         """UserError where there is no room for the files of `wanted`, or one would replace one of `inputs`.
 
-        `wanted` are the curves and levels of a network of so many `weights`.
+        `wanted` are the curves and levels of a network of so many `weights`, of which `most` are written.
         """
         paths = [self.path(*each) for each in wanted]
-        prepare_folder(self.folder, "--checkpoint_dir", 4 * weights * sum(not path.exists() for path in paths))
+        new = min(most, sum(not path.exists() for path in paths))
+        prepare_folder(self.folder, "--checkpoint_dir", 4 * weights * new)
         read = {path.resolve() for path in inputs}
         for path in paths:
             if path.resolve() in read:
@@ -92,14 +96,14 @@ class ExportFiles:
 
 @dataclass(frozen=True)
 class Exporter:
-    """Writes the networks of `levels` to `files`; one of the extras of an evaluator.
+    """Writes the `wanted` networks, of a curve and a level, to `files`; one of the extras of an evaluator.
 
     Where a file may give other answers than the evaluated network, because it is thin or in bf16, it is evaluated on
     `test` in `dtype`; a program always, as it runs. Every file is read back and compared when it is written. `about`
     goes into every file.
     """
 
-    levels: frozenset[float]
+    wanted: set[tuple[Curve, float]]
     files: ExportFiles
     sweep: Sweep
     test: Split
@@ -112,7 +116,7 @@ class Exporter:
 
     def lacks(self, row: Row) -> bool:
         """Whether the file of a row is wanted and is not there as it was written, in this place and precision."""
-        if row.level not in self.levels:
+        if (row.curve, row.level) not in self.wanted:
             return False
         entry, path = self.sweep.header.get("exports", {}).get(row.key), self.files.path(row.curve, row.level)
         wanted = (str(path), self.files.precision)
@@ -121,11 +125,11 @@ class Exporter:
         return not path.is_file() or file_hash(path) != entry["sha256"]
 
     def __call__(self, pruned: PrunedNetwork, row: Row, result: Evaluation) -> tuple[dict[str, Any], list[str]]:
-        """Write the file of a network if its level is wanted: its bytes, and how many channels are dead."""
-        if pruned.level not in self.levels:
+        """Write the file of a network if it is wanted: its bytes, and how many channels are dead."""
+        if (pruned.curve, pruned.level) not in self.wanted:
             return {}, []
         state, spec, counts = self._network(pruned)
-        kept, accuracy = stored(state, self.files.precision), row.accuracy
+        kept, predictions = stored(state, self.files.precision), result.predictions.numpy()
         notes = []
         if counts and not pruned.curve.prunes_filters and (counts.removed or counts.dead):
             notes.append(f"dead channels: {counts.removed} removed from the file, {counts.dead} stay")
@@ -134,10 +138,10 @@ class Exporter:
             program = make_program(_build(spec, state, way), self.test, self.files.precision)
         if program or self.files.precision != "fp32" or (counts and counts.removed):
             again = predictions_of(program, self.test) if program else self._predictions(_build(spec, kept, way))
-            accuracy = round(100 * int((again == self.test.labels.cpu()).sum()) / len(self.test), 6)
-            differing = int((again != result.predictions).sum())
-            notes.append(f"file {accuracy:.2f} %, {differing} predictions differ")
-        path, metadata = self.files.path(pruned.curve, pruned.level), self._metadata(pruned, row, spec, accuracy)
+            differing, predictions = int((again.numpy() != predictions).sum()), again.numpy()
+            notes.append(f"file {self._metrics(predictions)['test_accuracy']:.2f} %, {differing} predictions differ")
+        metrics = self._metrics(predictions)
+        path, metadata = self.files.path(pruned.curve, pruned.level), self._metadata(pruned, row, spec, metrics)
         if program:
             notes += write_program(path, program, metadata, self.test.images[:SAMPLE], self.files.form)
         else:
@@ -145,7 +149,8 @@ class Exporter:
             found = load_network(path, pruned.saved.model)[1].state_dict()
             if wrong := [name for name in kept if not torch.equal(found[name], kept[name])]:
                 raise UserError(f"{path} came back with other values of {wrong[0]}; the disk or memory is not sound")
-        entry = self._entry(path, row) | {"accuracy": accuracy}
+        entry = self._entry(path, row) | {"accuracy": metrics["test_accuracy"]}
+        entry |= {name: metrics[name] for name in ("reporting_accuracy", "reporting_images")}
         self.sweep.merge("exports", {pruned.key: entry})
         return {"file_bytes": entry["bytes"]}, notes
 
@@ -175,7 +180,19 @@ class Exporter:
             "entropy_and_values": round(entropy_bits(zeros, weights, EXPORT_BITS[self.files.precision]), 4),
         }
 
-    def _metadata(self, pruned: PrunedNetwork, row: Row, spec: dict[str, Any], accuracy: float) -> dict[str, Any]:
+    def _metrics(self, predictions: np.ndarray) -> dict[str, float | int]:
+        """Accuracies in percent of the network in a file, on all test images and on the half for reporting."""
+        right, reporting = predictions == self.sweep.labels, halves(self.sweep.labels)[1]
+        return {
+            "test_accuracy": round(100 * float(right.mean()), 6),
+            "test_images": len(right),
+            "reporting_accuracy": round(100 * float(right[reporting].mean()), 6),
+            "reporting_images": int(reporting.sum()),
+        }
+
+    def _metadata(
+        self, pruned: PrunedNetwork, row: Row, spec: dict[str, Any], metrics: dict[str, float | int]
+    ) -> dict[str, Any]:
         """The entries of a file beside the weights: those of the checkpoint, and how it was pruned."""
         saved = pruned.saved
         how = {name: getattr(row, name) for name in ("criterion", "allocation", "recover", "level", "sparsity")}
@@ -184,6 +201,6 @@ class Exporter:
             "model": spec,
             **{key: getattr(saved, key) for key in ("data", "settings") if getattr(saved, key)},
             "pruning": how | {"checkpoint": pruned.checkpoint, "sha256": saved.sha256} | self.about,
-            "metrics": {"test_accuracy": accuracy, "test_images": len(self.test)},
+            "metrics": metrics,
             "versions": versions(),
         }

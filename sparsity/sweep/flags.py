@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsity.sweep.levels import allocation_type, export_type, level_rules, search_path
 from sparsity.system.flags import (
     ARCH_HELP,
     BUILT_IN,
@@ -35,6 +36,7 @@ CALIBRATION_IMAGES = 2048
 TRAINING = ("distill", "finetune")  # recoveries with flags of their own: --distill_epochs and so on
 SENSITIVITY_LEVELS = [50.0, 80.0, 90.0, 95.0]
 SENSITIVITY_IMAGES = 1000
+BUDGETS = ("weights", "macs")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,7 +87,12 @@ def _add_pruning_flags(add: Callable[..., Any]) -> None:
     add("--levels", type=levels_type, default="0:100:5", metavar="L", help=text)
     text = "score by which weights (filter_...: whole filters) are removed, lowest first"
     add("--criterion", **_several((*CRITERIA, *FILTER_CRITERIA), "l1", text))
-    add("--allocation", **_several(ALLOCATIONS, "uniform", "how a level is dealt to the layers"))
+    text = "share of weights, or of multiply-adds, that a level removes (%(default)s)"
+    add("--budget", choices=BUDGETS, default=BUDGETS[0], help=text)
+    text = "no levels given: bisect for the highest one within --tolerance, to 0.5 %%, in 8 evaluations a curve (off)"
+    add("--search", action="store_true", help=text)
+    text = "how a level is dealt to the layers, or the N best of every M inputs"
+    add("--allocation", **_several((*ALLOCATIONS, "N:M"), "uniform", text) | {"choices": None, "type": allocation_type})
     text = "filter_...: remove channels of the whole network, those that shortcuts share together (off)"
     add("--couple", action="store_true", help=text)
     text = "filter_...: of each layer, keep a multiple of N filters (%(default)s)"
@@ -148,7 +155,8 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--images_dir", type=Path, default=Path("images"), metavar="DIR", help="plots and tables (%(default)s)")
     text = "exported files; the newest checkpoint is looked for here (%(default)s)"
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), metavar="DIR", help=text)
-    add("--export", type=levels_type, metavar="L", help="write the networks of these levels to files (none)")
+    text = "write the networks of these levels to files; chosen: of each curve's chosen level; best: of the most (none)"
+    add("--export", type=export_type, metavar="L", help=text)
     text = "of values in files (%(default)s)"
     add("--export_precision", choices=tuple(EXPORT_BITS), default="fp32", help=text)
     text = "packed (.npz); dense (.pth), safetensors: zeros too; program (.pt2), onnx: run by themselves (%(default)s)"
@@ -165,14 +173,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.sensitivity:
         args.levels = args.levels if "levels" in given else SENSITIVITY_LEVELS
         args.max_test_images = args.max_test_images or SENSITIVITY_IMAGES
-    if args.export is not None:  # nobody who wants one file waits for 21 levels
+    if args.search:
+        args.levels = search_path()
+    if isinstance(args.export, list):  # nobody who wants one file waits for 21 levels
         args.levels = sorted({*args.export, *(args.levels if "levels" in given or args.compare else [])})
     return args
 
 
 def clash(args: argparse.Namespace, given: set[str]) -> str | None:
     """Why the flags have no meaning together, or None; `given` names those on the command line."""
-    iterative, export = args.schedule == "iterative", args.export is not None
+    iterative, export, listed = args.schedule == "iterative", args.export is not None, isinstance(args.export, list)
     filters = sorted(set(args.criterion) & FILTER_CRITERIA.keys())
     weights = [name for name in args.allocation if name not in FILTER_ALLOCATIONS]
     recoveries = [] if args.compare else args.recover
@@ -206,11 +216,12 @@ def clash(args: argparse.Namespace, given: set[str]) -> str | None:
          f"filters: {' or '.join(FILTER_CRITERIA)}"),
         (args.couple and args.sensitivity,
          "--sensitivity prunes one layer at a time; leave out --couple"),
+        *level_rules(args, given),
         (args.arch_args and (args.arch is None or args.arch in BUILT_IN),
          "--arch_args needs an --arch that is not built in"),
         (formats and not export,
          f"--{''.join(formats[:1])} has no effect without --export"),
-        (export and iterative and "levels" not in given,
+        (listed and iterative and "levels" not in given,
          "--schedule iterative prunes in the steps of --levels; give them with --export"),
         (export and len(args.checkpoint or []) > 1,
          "--export writes a file for each curve and level; name one --checkpoint"),

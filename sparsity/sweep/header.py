@@ -47,6 +47,7 @@ def describe_sweep(args: argparse.Namespace, given: Inputs, panel: Panel) -> dic
             "seed": args.seed,
             "calibration_images": calibrated and (args.calibration_images or CALIBRATION_IMAGES),
             "calibration_augmentation": calibrated and told and str(told),  # chosen later where no checkpoint tells it
+            "budget": None if args.budget == "weights" else args.budget,
             "schedule": f"iterative {levels}" if args.schedule == "iterative" else "oneshot",
             "distill": distilled and taught,
             "finetune": tuned and f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",

@@ -12,6 +12,7 @@ from sparsity.networks import checkpoint
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.families import load_network
 from sparsity.networks.layers import set_way, way_of
+from sparsity.prune.budget import weight_costs
 from sparsity.prune.pruner import Pruner
 from sparsity.recover import Means
 from sparsity.recover.distill import Distillation
@@ -34,13 +35,16 @@ class Network:
     seed: int
     couple: bool
     multiple: int
+    costs: dict[str, int] | None = None  # as those of `Pruner`
 
     @cached_property
     def pruner(self) -> Pruner:
         """Prunes the dense network; the seed of what is drawn differs between checkpoints."""
         seed = derived_seed(self.seed, int(self.saved.sha256[:8], 16))
         filters = {"couple": self.couple, "multiple": self.multiple}
-        return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed, **filters)
+        return Pruner(
+            self.means.dense, list(self.means.layers), self.means.calibration, seed, costs=self.costs, **filters
+        )
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,14 @@ class Networks:
     """The checkpoints of a sweep, opened one after the other.
 
     `names` are those that their rows are recorded with, in the order of the checkpoints in `given`; `layers` names the
-    prunable layers, `train` is None where no recovery trains.
+    prunable layers, `positions` is as from `positions_per_image`, `train` is None where no recovery trains.
     """
 
     args: argparse.Namespace
     given: Inputs
     names: tuple[str, ...]
     layers: tuple[str, ...]
+    positions: dict[str, int]
     calibration: Calibration | None
     train: Split | None
     _last: list[Network] = field(default_factory=list, init=False)  # the one that was opened last
@@ -81,7 +86,8 @@ class Networks:
             images, augmentation = distillation_images(args, self.train), self.calibration.augmentation
             distillation = Distillation(images, augmentation, args.distill_epochs, args.distill_learning_rate, dtype)
         means = Means(dense.to(torch.device(args.device)), self.layers, self.calibration, tuning, distillation)
-        return Network(name, saved, means, args.seed, args.couple, args.round_filters)
+        costs = weight_costs(dense, list(self.layers), self.positions) if args.budget == "macs" else None
+        return Network(name, saved, means, args.seed, args.couple, args.round_filters, costs)
 
 
 def resume_curve(sweep: Sweep, network: Network, curve: Curve, levels: list[float]) -> tuple[Pruner, list[float]]:

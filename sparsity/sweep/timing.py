@@ -20,8 +20,9 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessException, spawn
 from sparsity.data.images import CIFAR10_STATISTICS, Split, normalise
 from sparsity.networks.evaluation import Evaluation
 from sparsity.networks.inference import compiled, inference_copy, overwrite_in_place
+from sparsity.networks.semi_structured import semi_structured_layers, use_semi_structured
 from sparsity.networks.sparse import sparse_network
-from sparsity.results.rows import TIMED, Row
+from sparsity.results.rows import SEMI_STRUCTURED_NOTE, TIMED, Row
 from sparsity.results.store import Sweep
 from sparsity.sweep.export import thin_network
 from sparsity.sweep.level import PrunedNetwork
@@ -31,6 +32,7 @@ from sparsity.system.machine import make_deterministic
 BATCHES = (1, 128)  # images: of latency, of throughput
 RUNS = 20  # timed, of each batch size; medians count
 WARM_UP = 3  # runs before them
+SEMI_STRUCTURED = "semi-structured"  # an engine for N:M, beside those that flags name
 Figures = dict[str, float | None]  # the columns of TIMED, and base_memory_mb
 
 
@@ -113,6 +115,8 @@ def _load(path: Path, noise: Split, engine: str, compiling: bool) -> list[nn.Mod
     """The inference copy in a file of the parent process, as a sweep runs it: a network for each of BATCHES."""
     inference = torch.load(path, map_location=noise.images.device, weights_only=False)
     overwrite_in_place(inference)  # its additions come out of place from the file
+    if engine == SEMI_STRUCTURED:
+        use_semi_structured(inference)
     if engine == "sparse":
         return [sparse_network(inference, normalise(noise.images[:1], noise.mean, noise.std))] * len(BATCHES)
     return [compiled(inference, noise, count) if compiling else inference for count in BATCHES]
@@ -193,6 +197,11 @@ class Timer:
 
     def __call__(self, pruned: PrunedNetwork, row: Row, result: Evaluation) -> tuple[Figures, list[str]]:
         """The columns of TIMED for a pruned network; after filter pruning, of the thin one by dense kernels."""
+        if pruned.curve.pattern and self.engine == "dense":
+            if layers := semi_structured_layers(self.inference):
+                note = f"{SEMI_STRUCTURED_NOTE} in linear layers: {len(layers)}"
+                return self.columns(self.inference, SEMI_STRUCTURED), [note]
+            return self.columns(self.inference), ["timed by dense kernels"]
         if not pruned.curve.prunes_filters:
             return self.columns(self.inference, self.engine), []
         return self.columns(self.copy(thin_network(pruned.model, pruned.saved.model)[0])), []

@@ -12,6 +12,8 @@ from sparsity.data.images import Split
 from sparsity.networks.evaluation import evaluate
 from sparsity.results.store import Sweep
 from sparsity.sweep.level import Evaluator
+from sparsity.sweep.levels import own_levels
+from sparsity.sweep.search import levels_ahead
 from sparsity.system import processes
 from sparsity.system.errors import UserError
 from sparsity.system.methods import FILTER_CRITERIA, ONE_LAYER, RECOVERIES, Curve, Panel
@@ -36,15 +38,21 @@ def choose_panel(args: argparse.Namespace, layers: list[str], inner: list[str]) 
     allocations = args.allocation
     if args.sensitivity:  # a curve a layer, in which this layer alone is pruned
         allocations = [f"{ONE_LAYER}{layer}" for layer in (inner if filters else layers)]
-    return {Curve(*parts): args.levels for parts in itertools.product(args.criterion, allocations, args.recover)}
+    curves = [Curve(*parts) for parts in itertools.product(args.criterion, allocations, args.recover)]
+    return {curve: own_levels(curve.allocation) or args.levels for curve in curves}
 
 
-def find_missing(sweep: Sweep, panel: Panel, iterative: bool) -> dict[str, Panel]:
-    """Checkpoint -> curves that lack rows, with the levels without one; in an iterative sweep with all their levels."""
+def find_missing(sweep: Sweep, panel: Panel, iterative: bool, search: float | None = None) -> dict[str, Panel]:
+    """Checkpoint -> curves that lack rows, with the levels without one; in an iterative sweep with all their levels.
+
+    A search, for a tolerance of `search` points, lacks the `levels_ahead` of curves that have no level of their own.
+    """
     missing: dict[str, Panel] = {}
     for name in sweep.header["checkpoints"]:
         for curve, levels in panel.items():
             left = [level for level in levels if not sweep.has(name, curve, level)]
+            if search is not None and not curve.pattern:
+                left = levels_ahead(sweep, name, curve, search)
             if left:
                 missing.setdefault(name, {})[curve] = levels if iterative else left
     return missing

@@ -4,15 +4,24 @@ The functions behind the names are in `prune/criteria.py`, of filters in `prune/
 and in `recover/__init__.py`.
 """
 
+import re
 from typing import NamedTuple
 
 # Name -> what it reads of the training split: nothing, images, or labels as well.
 CRITERIA = {"l1": "", "random": "", "activation": "images", "gradient": "labels", "obs": "images"}
 FILTER_CRITERIA = {"filter_l1": "", "filter_activation": "images"}  # these score whole filters
 RECOVERIES = {"none": "", "batchnorm": "images", "reconstruction": "images", "distill": "images", "finetune": "labels"}
-ALLOCATIONS = ("uniform", "global", "lamp", "erk")
+ALLOCATIONS = ("uniform", "global", "lamp", "erk")  # beside them N:M, see `Curve.pattern`
+MOST_INPUTS = 64  # M of an allocation N:M
 FILTER_ALLOCATIONS = ("uniform", "global")  # the others are made for single weights
 ONE_LAYER = "only "  # begins the allocation of a curve in which one layer alone is pruned
+
+
+def pattern_of(allocation: str) -> tuple[int, int] | None:
+    """N and M of an allocation written N:M, such as 2:4; None for others, and unless 1 <= N < M <= MOST_INPUTS."""
+    found = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", allocation)
+    kept, size = map(int, found.groups()) if found else (0, 0)
+    return (kept, size) if 1 <= kept < size <= MOST_INPUTS else None
 
 
 class Curve(NamedTuple):
@@ -25,6 +34,11 @@ class Curve(NamedTuple):
     @property
     def prunes_filters(self) -> bool:
         return self.criterion in FILTER_CRITERIA
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """N and M of an allocation N:M, of which N weights of every M inputs stay; None for others."""
+        return pattern_of(self.allocation)
 
     @property
     def needs_calibration(self) -> bool:

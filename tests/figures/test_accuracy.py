@@ -144,3 +144,25 @@ def test_names_beside_lines_cover_neither_each_other_nor_the_lines_nor_the_edge(
     assert not labels._covered(boxes, points, 0).any()
     assert not any(labels._overlap(boxes, box)[index + 1 :].any() for index, box in enumerate(boxes))
     assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box[:2], box[2:]))
+
+
+def test_levels_of_multiply_adds_have_an_axis_of_their_own_and_say_their_unit(files, figures):
+    entry = CHOICE | {"unit": "multiply-adds"}
+    macs = drawn_curve(files, figures, (20, 40, 60), summary=[entry], settings={"budget": "macs"})
+    weights = drawn_curve(files, figures, (20, 40, 60), summary=[CHOICE], settings={"budget": None})
+    names = ["weights removed (%)", "multiply-adds removed (%)"]
+    assert [axes.get_xlabel() for axes in macs][:2] == names and "multiply" not in weights[-1].get_xlabel()
+    for axes, unit in ((macs, " of the multiply-adds"), (weights, "")):
+        assert any(text.get_text().startswith(f"40 %{unit} pruned: 83.2 %") for text in axes[0].texts)
+    messages = [figure.get_suptitle() for figure in figures[-2:]]
+    assert ["40 % of the multiply-adds gone" in messages[0], "40 % of the weights gone" in messages[1]] == [True, True]
+
+
+def test_an_allocation_of_one_level_is_a_point_with_its_name_beside_it(files, figures):
+    row = replace(made_row(50.0, curve=("l1", "2:4", "none")), sparsity=49.9, accuracy=80.0)
+    axes, *_ = drawn_curve(files, figures, range(0, 101, 10), more=[row])
+    line = next(line for line in axes.get_lines() if line_points(line) == [[49.9, 80.0]])
+    (name,) = (text for text in axes.texts if text.get_text() == "l1 2:4")
+    left, bottom, right, top = name.get_window_extent().transformed(axes.transData.inverted()).extents
+    assert left - 10 < 49.9 < right + 10 and bottom - 10 < 80 < top + 10
+    assert line.get_color() == name.get_color()

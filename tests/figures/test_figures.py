@@ -83,7 +83,10 @@ def test_savings_in_words_are_those_of_the_rows_and_nothing_is_said_where_nothin
     rows[-1] = replace(rows[-1], notes="sparse arithmetic in 20 of 20 convolutions", macs_ratio=3.0)
     filters = replace(made_row(50.0, curve=("filter_l1", "uniform", "none")), speedup=1.5)
     entry = {"file": "net.npz", "bytes": 12_345, "precision": "fp16", "bits_a_weight": 4.0, "entropy_and_values": 3.9}
-    thin, masks, sparse, file = savings.savings_lines(made_sweep(files, [*rows, filters], exports={"key": entry}))
+    told = entry | {"reporting_accuracy": 71.5, "reporting_images": 1234}
+    exports = {"key": entry, "other": told}
+    thin, masks, sparse, file, more = savings.savings_lines(made_sweep(files, [*rows, filters], exports=exports))
+    assert more.startswith("net.npz: 12,345 bytes (fp16), 71.50 % on the 1,234 images for reporting, 4.00 bits")
     assert "0.95x the throughput of dense (0.90x to 1.00x over the levels)" in masks
     assert sparse.endswith("throughput with sparse kernels against dense, 90 %: 1.20x for 3.00x fewer multiply-adds")
     assert "throughput of the smaller network against dense, 50 %: 1.50x" in thin

@@ -4,7 +4,14 @@ import pytest
 from helpers import add_lost, bare_sweep
 
 from sparsity.results import comparison
-from sparsity.results.comparison import Asked, allocation_sentence, asked_pairs, compare_curves, compare_points
+from sparsity.results.comparison import (
+    Asked,
+    allocation_sentence,
+    asked_pairs,
+    compare_curves,
+    compare_points,
+    furthest,
+)
 from sparsity.results.statistics import mcnemar_p
 from sparsity.results.verdicts import summarise_all
 from sparsity.system.methods import Curve
@@ -47,6 +54,17 @@ def test_the_curve_that_goes_furthest_is_compared_with_those_that_differ_in_one_
         ("allocation", "macs", (UNIFORM, 60), (LAMP, 80)),
     ]
     assert asked(made(files, {LAMP: ROWS[LAMP]})) == [] == asked(made(files, {LAMP: {}}))
+
+
+def test_the_curve_that_goes_furthest_is_the_more_accurate_one_of_those_that_save_as_much(files):
+    def found(rows, axis, tolerance=10):
+        sweep = made(files, rows)
+        return furthest(sweep, summarise_all(sweep, tolerance), axis)
+
+    assert (found(ROWS, "weights"), found(ROWS, "macs")) == (LAMP, UNIFORM)
+    for gap, best in ((0.4, PLAIN), (0.6, LAMP)):
+        assert found({LAMP: {80.0 + gap: (2, 2)}, PLAIN: {80.0: (1, 2)}}, "weights") == best
+    assert found({LAMP: {80.0: (9, 2)}, PLAIN: {10.0: (2, 1.1)}}, "weights") == PLAIN  # 80 % lose too much
 
 
 def test_levels_are_the_same_within_the_stated_margins_alone(files):

@@ -3,6 +3,7 @@
 import pytest
 
 from sparsity.sweep.flags import SENSITIVITY_LEVELS, parse_args
+from sparsity.sweep.levels import own_levels, search_path
 
 REFUSED = {
     "--tolerance 101": "from 0 to 100",
@@ -51,6 +52,27 @@ REFUSED = {
     "--mean half --std 0.5 0 0.5": "'0' is not a number above 0 to 1",
     "--mean half": "--mean and --std belong together",
     "--image_size 2": "from 4",
+    "--allocation 4:4": "'4:4' is none of uniform, global, lamp, erk, nor N:M with 1 <= N < M <= 64",
+    "--allocation uniform 0:4": "'0:4' is none of",
+    "--allocation 2:65": "'2:65' is none of",
+    "--allocation 2-4": "'2-4' is none of",
+    "--criterion filter_l1 --allocation 2:4": "which --allocation 2:4 is not made for; use uniform or global",
+    "--allocation 2:4 --levels 50": "--allocation 2:4 has one level of its own; leave out --levels",
+    "--allocation 2:4 4:8 --schedule iterative": "--allocation 2:4 has one level of its own",
+    "--allocation 2:4 --search": "--allocation 2:4 has one level of its own",
+    "--allocation 2:4 --export 60": "name it with --export, or use --export chosen",
+    "--search --levels 0,50": "--search finds levels of its own",
+    "--search --compare": "--search finds levels of its own",
+    "--search --sensitivity": "--search finds levels of its own",
+    "--search --schedule iterative": "--search finds levels of its own",
+    "--search --export 60": "--search finds levels of its own",
+    "--search --checkpoint a.pth b.pth": "--search goes by the accuracy of one network",
+    "--export choosen": "nor is it chosen or best",
+    "--export chosen --sensitivity": "leave out --export and --measure",
+    "--export best --describe": "leave out --export",
+    "--export chosen --checkpoint a.pth b.pth": "name one --checkpoint",
+    "--budget flops": "invalid choice: 'flops'",
+    "--budget macs --sensitivity": "leave out --budget",
 }
 
 
@@ -60,6 +82,15 @@ def test_flags_without_a_meaning_are_refused(flags, capsys):
         parse_args(flags.split())
     assert stop.value.code == 2
     assert REFUSED[flags] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", ["--search", "--export chosen", "--export best"])
+def test_what_all_rows_decide_is_refused_to_several_processes(flags, capsys, monkeypatch):
+    monkeypatch.setattr("sparsity.sweep.levels.PROCESSES", 2)
+    with pytest.raises(SystemExit):
+        parse_args(flags.split())
+    assert "leave torchrun out for them" in capsys.readouterr().err
+    assert parse_args(["--export", "60"]).export == [60]
 
 
 def test_defaults_are_the_study():
@@ -75,6 +106,20 @@ def test_constants_of_the_images_are_numbers_or_names():
     assert (args.mean, args.std) == ([0.1, 0.0, 1.0], [0.5, 0.5, 0.5])
     args = parse_args(["--mean", "imagenet", "--std", "imagenet"])
     assert (args.mean, args.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def test_a_search_and_groups_of_inputs_have_levels_of_their_own():
+    path = parse_args(["--search"]).levels
+    assert path == search_path() == [50, 75, 87.5, 94, 97, 98.5, 99.5, 100]
+    assert parse_args(["--search", "--export", "best"]).export == "best"
+    assert search_path(low=100) == search_path(0, 0.5) == search_path(33.3, 33.5) == search_path(0, 0) == []
+    assert search_path(33.3, 33.9) == [33.5]
+    assert parse_args(["--export", "chosen"]).levels == list(range(0, 101, 5))
+    assert parse_args(["--export", "chosen", "--schedule", "iterative"]).levels == list(range(0, 101, 5))
+    levels = {"2:4": [50], "1:4": [75], "63:64": [1.5625], "1:3": [66.66666667], "global": [], "only 2:4": []}
+    assert {name: own_levels(name) for name in levels} == levels
+    args = parse_args(["--allocation", "2:4", "uniform", "--levels", "10"])
+    assert (args.allocation, args.levels) == (["2:4", "uniform"], [10])
 
 
 def test_sensitivity_and_export_have_levels_of_their_own():
