@@ -60,7 +60,7 @@ FAMILIES = {
     "efficientnet": Family("efficientnet_b0"),
     "googlenet": Family("googlenet", 32, WITHOUT_HEADS),
     "inception": Family("inception_v3", 75, WITHOUT_HEADS),
-    "maxvit": Family("maxvit_t", 64, {"input_size": [64, 64], "partition_size": 2}),
+    "maxvit": Family("maxvit_t", 224),
     "mnasnet": Family("mnasnet0_5"),
     "mobilenet_v2": Family("mobilenet_v2"),
     "mobilenet_v3": Family("mobilenet_v3_small"),

@@ -198,44 +198,6 @@ def test_every_command_that_added_rows_is_kept_with_its_machine_and_versions(fil
     assert commands(files) == [("all again", 1)]
 
 
-@pytest.mark.parametrize("last", [20.0, 40.0])
-def test_a_kill_while_a_row_is_written_loses_only_that_row_and_the_sweep_goes_on(files, last):
-    """Whatever part of the last line of the journal is on the disk; a row that is measured again is not lost either."""
-    sweep = fill(files, (0.0, 20.0))
-    csv, before = files.csv.read_bytes(), files.journal.stat().st_size
-    add(sweep, made_row(last))
-    complete, npz = files.journal.read_bytes(), files.npz.read_bytes()
-    for length in (before, before + 1, len(complete) - 1, len(complete)):
-        for path, content in ((files.npz, npz), (files.csv, csv), (files.journal, complete[:length])):
-            path.write_bytes(content)
-        found = reopen(files)
-        assert [each.level for each in found.table()] == [0, 20]
-        assert set(found.predictions) == {made_row(0.0).key, made_row(20.0).key}
-        found.begin()
-        assert not files.journal.exists()
-        add(found, made_row(60.0))
-        again = read_sweep(files)
-        assert [each.level for each in again.table()] == [0, 20, 60]
-        assert all(np.array_equal(again.predictions[row.key], made_predictions(row.level)) for row in again.table())
-
-
-def test_a_row_is_appended_and_the_npz_holds_all_in_the_end(files):
-    sweep = begin(files)
-    npz, sizes = files.npz.read_bytes(), []
-    for level in range(10, 50):
-        add(sweep, made_row(float(level)))
-        sizes.append(files.journal.stat().st_size)
-    assert files.npz.read_bytes() == npz and len(set(np.diff(sizes))) == 1  # a row costs the same, whichever it is
-    found = read_sweep(files)
-    sweep.pack()
-    assert not files.journal.exists()
-    packed = read_sweep(files)
-    assert packed.table() == found.table() and len(found.table()) == 40
-    for key, predictions in found.predictions.items():
-        assert np.array_equal(packed.predictions[key], predictions)
-        assert np.array_equal(packed.zeros[key], found.zeros[key])
-
-
 @pytest.mark.parametrize("killed", [False, True])
 def test_parts_of_several_processes_are_joined_in_the_order_of_one(files, killed):
     sweep = begin(files)
