@@ -27,24 +27,25 @@ from sparsity.system.methods import Curve
 
 @dataclass(frozen=True)
 class Network:
-    """A checkpoint while it is swept: the file `saved`, and in `means` its dense network and what recovers it."""
+    """A checkpoint while it is swept: the file `saved`, and in `means` its dense network and what recovers it.
+
+    `couple`, `multiple` and `costs` are those of `Pruner`.
+    """
 
     name: str
     saved: Checkpoint
     means: Means
     seed: int
-    couple: bool
-    multiple: int
-    costs: dict[str, int] | None = None  # as those of `Pruner`
+    couple: bool = False
+    multiple: int = 1
+    costs: dict[str, int] | None = None
 
     @cached_property
     def pruner(self) -> Pruner:
         """Prunes the dense network; the seed of what is drawn differs between checkpoints."""
         seed = derived_seed(self.seed, int(self.saved.sha256[:8], 16))
-        filters = {"couple": self.couple, "multiple": self.multiple}
-        return Pruner(
-            self.means.dense, list(self.means.layers), self.means.calibration, seed, costs=self.costs, **filters
-        )
+        how = {"couple": self.couple, "multiple": self.multiple, "costs": self.costs}
+        return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed, **how)
 
 
 @dataclass(frozen=True)
