@@ -41,14 +41,18 @@ def mask_channels(model: nn.Module, coupling: Coupling, gone: Tensor) -> None:
 
 
 def filter_l1(model: nn.Module, coupling: Coupling, calibration: Calibration | None) -> Tensor:
-    """The L1 norm of each filter over the mean of its layer, averaged over the filters of a unit."""
+    """The L1 norms of the weights that go with a unit, each over the mean of its layer, averaged.
+
+    These are its filters, BatchNorm weights, and the weights on its channels in each layer that reads them.
+    """
     sums, counts = torch.zeros(2, coupling.units + 1)  # the last one stands for -1, channels that stay
-    for name, numbers in coupling.outputs.items():
-        layer = model.get_submodule(name)
-        if isinstance(layer, Layer):
-            norms = l1_norms(layer).cpu()
-            sums.index_add_(0, numbers % len(sums), norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny))
-            counts.index_add_(0, numbers % len(sums), torch.ones(len(numbers)))
+    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in coupling.outputs}
+    sides = [(coupling.outputs[name], weight) for name, weight in weights.items() if weight is not None]
+    sides += [(numbers, weights[name].transpose(0, 1)) for name, numbers in coupling.inputs.items()]
+    for numbers, weight in sides:
+        norms = weight.abs().reshape(len(weight), -1).sum(dim=1).cpu()
+        sums.index_add_(0, numbers % len(sums), norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny))
+        counts.index_add_(0, numbers % len(sums), torch.ones(len(numbers)))
     return sums[:-1] / counts[:-1]
 
 

@@ -27,13 +27,21 @@ def resnet():
     return awaken(Build_Resnet.resnet18(4, 4))
 
 
-def test_a_unit_has_the_mean_of_the_norms_of_its_filters_over_those_of_their_layers():
+def test_a_unit_has_the_mean_of_the_norms_of_its_weights_over_those_of_their_layers():
     model = resnet()
-    scores = group_scores("filter_l1", model, couple(model), None)
-    for group, found in scores.items():
-        norms = [model.get_submodule(name).weight.detach().abs().sum(dim=(1, 2, 3)) for name in group.split()]
-        torch.testing.assert_close(found, torch.stack([each / each.mean() for each in norms]).mean(dim=0))
+    scores, state = group_scores("filter_l1", model, couple(model), None), model.state_dict()
     assert max(len(group.split()) for group in scores) == 3
+    for group, norms, readers in (
+        ("layer1.0.conv1", ["layer1.0.bn1"], ["layer1.0.conv2"]),
+        ("conv1 layer1.0.conv2 layer1.1.conv2", ["bn1", "layer1.0.bn2", "layer1.1.bn2"],
+         ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.shortcut.0"]),
+        ("layer4.0.conv2 layer4.0.shortcut.0 layer4.1.conv2", ["layer4.0.bn2", "layer4.0.shortcut.1", "layer4.1.bn2"],
+         ["layer4.1.conv1", "linear"]),
+    ):  # fmt: skip
+        rows = [state[f"{name}.weight"].flatten(1).abs().sum(dim=1) for name in group.split()]
+        rows += [state[f"{name}.weight"].abs() for name in norms]
+        rows += [state[f"{name}.weight"].transpose(0, 1).flatten(1).abs().sum(dim=1) for name in readers]
+        torch.testing.assert_close(scores[group], torch.stack([row / row.mean() for row in rows]).mean(dim=0))
     inner = inner_convs(model)
     own = inner_scores("filter_l1", model, inner, None)
     assert all(torch.equal(own[name], model.get_submodule(name).weight.abs().sum(dim=(1, 2, 3))) for name in inner)
