@@ -49,9 +49,7 @@ RECOVERED = ("none", "batchnorm", "reconstruction")
 LEVEL_STEP = 0.2  # percent, to which a level is found
 # Name -> curve, and options of `Pruner`.
 OURS = {
-    "coupled, uniform": (Curve("filter_l1", "uniform", "none"), {"couple": True, "multiple": 8}),
-    "coupled, global": (Curve("filter_l1", "global", "none"), {"couple": True, "multiple": 8}),
-    "coupled, activation": (Curve("filter_activation", "global", "none"), {"couple": True, "multiple": 8}),
+    "coupled channels": (Curve("filter_l1", "uniform", "none"), {"couple": True, "multiple": 8}),
     "inner filters": (Curve("filter_l1", "uniform", "none"), {"multiple": 8}),
 }
 TIMES = ("latency_ms", "images_per_second_32", "speedup_32", "images_per_second_128", "speedup_128")
@@ -108,23 +106,27 @@ def chosen_by_peer(dense: nn.Module, ratio: float) -> nn.Module:
 
 
 class Bench:
-    """The dense network, its images, and what is measured of networks that are pruned from it; `run` draws images."""
+    """The dense network, its images, and what is measured of networks that are pruned from it."""
 
-    def __init__(self, args: argparse.Namespace, run: int):
-        cpu = torch.device("cpu")
+    def __init__(self, args: argparse.Namespace):
+        self.images, cpu = args.images, torch.device("cpu")
         self.dtype = machine.DTYPES[machine.resolve_precision(args.precision, cpu)]
         self.saved, dense = families.load_network(args.checkpoint)
         self.dense, self.repeats = dense.eval(), args.repeats
         blank = torch.zeros(1, 3, 32, 32)
         self.layers, self.positions = tuple(prunable_layers(dense, blank)), positions_per_image(dense, blank)
         source = Source("folder", args.data_dir, 32)
-        train, test = (load_split(source, training, CIFAR10_STATISTICS)[0] for training in (True, False))
+        self.train, test = (load_split(source, training, CIFAR10_STATISTICS)[0] for training in (True, False))
         self.test = test.take(class_balanced_order(test.labels)[: args.test_images])
-        draws = {each: draw_calibration(train, 512, 0, cpu, self.dtype, each) for each in AUGMENTATIONS}
+        draws = {each: draw_calibration(self.train, 512, 0, cpu, self.dtype, each) for each in AUGMENTATIONS}
         distances = augmentation_distances(inference_copy(dense, self.dtype, fold=False), draws.values())
-        nearest = min(distances, key=distances.get)  # as a sweep does where a checkpoint does not tell
-        self.calibration = draw_calibration(train, args.images, run, cpu, self.dtype, nearest)
-        self.means = Means(dense, self.layers, self.calibration)
+        self.augmentation = min(distances, key=distances.get)  # as a sweep does where a checkpoint does not tell
+
+    def draw(self, run: int) -> None:
+        """Recover by the calibration images of a run from now on."""
+        cpu = torch.device("cpu")
+        self.calibration = draw_calibration(self.train, self.images, run, cpu, self.dtype, self.augmentation)
+        self.means = Means(self.dense, self.layers, self.calibration)
 
     def macs_ratio(self, model: nn.Module) -> float:
         """Multiply-adds of the dense network over those of a masked copy."""
@@ -193,8 +195,9 @@ def main() -> None:
         with args.out.open(newline="") as file:
             rows = list(csv.DictReader(file))
     print(" ".join(COLUMNS))
+    bench = Bench(args)
     for run in range(args.runs):
-        bench = Bench(args, run)
+        bench.draw(run)
         for ratio in args.ratios:
             if not any((float(row["ratio"]), int(row["run"])) == (ratio, run) for row in rows):
                 rows += measure_ratio(bench, args, ratio, run)
