@@ -35,7 +35,7 @@ from sparsity.sweep.predict import predict
 from sparsity.sweep.prepare import prepare_inference
 from sparsity.sweep.search import search_levels
 from sparsity.system import processes
-from sparsity.system.errors import UserError, command_line, run_main
+from sparsity.system.errors import command_line, run_main
 from sparsity.system.files import lock, prepare_folder
 from sparsity.system.machine import derived_seed, release_memory, set_up_machine
 from sparsity.system.methods import Panel
@@ -92,8 +92,6 @@ def sweep_levels(args: argparse.Namespace) -> None:
     """A whole run: check all that can fail, evaluate what is missing, then draw and tell what was found."""
     processes.join()
     device = set_up_machine(args)
-    if args.measure and processes.size() > 1:
-        raise UserError("--measure times networks, which other processes would disturb; leave torchrun out for it")
     args.batch_size = args.batch_size or default_batch_size(device)
     prepare_folder(args.images_dir, "--images_dir", 64 << 20)
     given = load_inputs(args)
@@ -112,6 +110,8 @@ def sweep_levels(args: argparse.Namespace) -> None:
         test = given.test.to(device)
         fast = compiled(inference, test, args.batch_size) if args.compile == "on" else None
         extras = make_extras(args, sweep, exported, panel, test, inference)
+        if sweep.kept:
+            print(f"{sweep.kept} rows in {files.csv} were measured with these settings and are kept")
         rest = {"batch_size": args.batch_size, "engine": args.engine, "extras": extras, "bar": bar}
         evaluator = Evaluator(sweep, inference, fast, test, positions, layers=tuple(prunable), **rest)
         evaluate_missing(args, given, panel, evaluator, args.tolerance if args.search else None)

@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -32,23 +33,20 @@ from sparsity.system.methods import Curve, Panel
 class Network:
     """A checkpoint while it is swept: the file `saved`, and in `means` its dense network and what recovers it.
 
-    `couple`, `multiple` and `costs` are those of `Pruner`.
+    `how` holds further arguments of `Pruner`: what a level is a share of.
     """
 
     name: str
     saved: Checkpoint
     means: Means
     seed: int
-    couple: bool = False
-    multiple: int = 1
-    costs: dict[str, int] | None = None
+    how: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def pruner(self) -> Pruner:
         """Prunes the dense network; the seed of what is drawn differs between checkpoints."""
         seed = derived_seed(self.seed, int(self.saved.sha256[:8], 16))
-        how = {"couple": self.couple, "multiple": self.multiple, "costs": self.costs}
-        return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed, **how)
+        return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed, **self.how)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,8 @@ class Networks:
             distillation = Distillation(images, augmentation, args.distill_epochs, args.distill_learning_rate, dtype)
         means = Means(dense.to(torch.device(args.device)), self.layers, self.calibration, tuning, distillation)
         costs = weight_costs(dense, list(self.layers), self.positions) if args.budget == "macs" else None
-        return Network(name, saved, means, args.seed, args.couple, args.round_filters, costs)
+        how = {"couple": args.couple, "multiple": args.round_filters, "costs": costs}
+        return Network(name, saved, means, args.seed, how)
 
 
 def open_missing(
