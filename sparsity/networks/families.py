@@ -26,7 +26,7 @@ from sparsity.networks.checkpoint import Checkpoint, bare, fit, load
 from sparsity.networks.narrow import narrow
 from sparsity.networks.outputs import give_logits
 from sparsity.networks.user_file import build_from_file, file_sha256, is_file
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError, described, one_line
 
 BUILT_IN = tuple(Build_Resnet.ARCHITECTURES)
 zero_last_norms = Build_Resnet.zero_last_norms  # for built-in networks
@@ -240,8 +240,8 @@ def _make(
     except MemoryError:
         raise
     except Exception as error:  # constructors check little: nearly anything may come of wrong arguments
-        problem = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise UserError(f"{arch} cannot be built with --arch_args {argument_words(arguments)} ({problem})") from error
+        words = argument_words(arguments)
+        raise UserError(f"{arch} cannot be built with --arch_args {words} ({described(error)})") from error
 
 
 def _similar(name: str, known: list[str]) -> str:

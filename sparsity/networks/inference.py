@@ -21,7 +21,7 @@ from sparsity.networks.layers import (
     set_way,
     way_of,
 )
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError, described, one_line
 
 # The fastest first.
 WAYS = (Way(), Way(channels_last=False), Way(traced=False, channels_last=False))
@@ -45,7 +45,7 @@ def choose_way(model: nn.Module, images: Tensor) -> Way:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the network is anybody's
-            reason = f"{type(error).__name__}: {one_line(error)[:120]}"
+            reason = described(error)
             continue
         if apart <= TOLERANCE:  # not nan
             return way_of(model)

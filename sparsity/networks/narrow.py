@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sparsity.networks.layers import BatchNorm
 
 Narrowed = nn.Conv2d | nn.Linear | nn.PReLU | BatchNorm  # modules whose channels may be fewer
-PARTS = ("weight", "bias", "running_mean", "running_var")
+PARTS = ("weight", "bias", "running_mean", "running_var")  # tensors with an entry for each channel
 
 
 def narrow(model: nn.Module, state: dict[str, Tensor], widths: Any) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from sparsity.networks.program import metadata_text, quiet
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError, described
 
 WRITERS, READERS = ("onnx", "onnxscript"), ("onnxruntime",)
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
@@ -41,8 +41,8 @@ def onnx_bytes(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any of its passes
-        reason = f"{type(error).__name__}: {one_line(str(error).strip().partition(chr(10))[0])[:200]}"
-        raise UserError(f"torch.onnx cannot convert the network ({reason}); use --export_format program") from error
+        problem = f"torch.onnx cannot convert the network ({described(error)})"
+        raise UserError(f"{problem}; use --export_format program") from error
     for node in model.graph.node:  # names of modules, calls and files of this machine
         del node.metadata_props[:]
         node.doc_string = ""

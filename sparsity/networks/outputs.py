@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsity.networks.user_file import folder_of, is_file, place
 from sparsity.system import processes
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError, described, one_line
 
 NAMES = ("logits", "out")  # entries of a dict or named tuple that hold the logits
 
@@ -137,5 +137,5 @@ def _run(model: nn.Module, arch: str, images: Tensor) -> Any:
         raise
     except Exception as error:
         where = place(error, folder_of(arch)) if is_file(arch) else ""
-        problem = f"{where}{type(error).__name__}: {one_line(error)[:200]}"
+        problem = f"{where}{described(error)}"
         raise UserError(f"{arch} cannot take images of {images.shape[-1]} pixels ({problem})") from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError, described, one_line
 
 METADATA = "metadata.json"  # of the extra files
 TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")  # of nodes; they name files of this machine
@@ -51,8 +51,8 @@ def export_program(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the network is anybody's
-        reason = f"{type(error).__name__}: {one_line(str(error).strip().partition(chr(10))[0])[:200]}"
-        raise UserError(f"torch.export cannot export the network ({reason}); use --export_format dense") from error
+        problem = f"torch.export cannot export the network ({described(error)})"
+        raise UserError(f"{problem}; use --export_format dense") from error
     for node in program.graph.nodes:
         for trace in TRACES:
             node.meta.pop(trace, None)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError, described
 
 CHUNK = 32  # images of 32 pixels that are run together; more leave the caches
 TOLERANCE = 1e-3  # of the largest logit
@@ -163,8 +163,7 @@ def require_supported(inference: nn.Module, sample: Tensor) -> None:
     except UserError:
         raise
     except Exception as error:  # planes fail in many ways on other layers
-        reason = one_line(f"{type(error).__name__}: {error}")[:160]
-        raise UserError(f"--engine sparse cannot run this network ({reason}); use --engine dense") from error
+        raise UserError(f"--engine sparse cannot run this network ({described(error)}); use --engine dense") from error
 
 
 def _in_planes(inference: fx.GraphModule, channels: int, size: int, batch: int) -> fx.GraphModule:

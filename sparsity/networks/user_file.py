@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError, described, one_line
 
 
 def is_file(arch: str) -> bool:
@@ -96,8 +96,7 @@ def _running(arch: str, folder: Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        problem = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise UserError(f"--arch {arch}: {place(error, folder)}{problem}") from error
+        raise UserError(f"--arch {arch}: {place(error, folder)}{described(error)}") from error
     finally:
         with suppress(ValueError):  # the file may have changed the list
             sys.path.remove(str(folder))

@@ -19,6 +19,8 @@ from sparsity.prune.groups import group_masks
 from sparsity.prune.masks import apply_masks, mask_twins, prune_l1_uniform
 from sparsity.system.methods import ONE_LAYER, Curve
 
+BUDGET_STEP = 0.5  # points of multiply-adds by which a level is missed before `notes` tell it
+
 
 @dataclass(eq=False)
 class Pruner:
@@ -99,6 +101,8 @@ class Pruner:
             share, met = filters_share(lambda gone: self._without(allocator, gone, True)[0], filters, self.costs, share)
             if share == 1 and level < 100:
                 notes = [f"all filters together are {100 * met:.1f} % of the multiply-adds"]
+            elif abs(100 * met - level) > BUDGET_STEP:
+                notes = [f"{100 * met:.1f} % of the multiply-adds is the nearest that filters come to"]
         model, more = self._without(allocator, share)
         return model, notes + more
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.networks.layers import Layer, unmasked_state
+from sparsity.networks.narrow import PARTS
 from sparsity.prune.coupling import Coupling, couple
 from sparsity.prune.filters import Branch, branches
-
-NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def _cut(state: dict[str, Tensor], coupling: Coupling, gone: Tensor) -> None:
     """Remove units of channels from a state dict, in place; a tensor that has several names stays one."""
     cut: dict[int, Tensor] = {}
     for name, (outputs, inputs) in coupling.channels(gone).items():
-        for part in NORM_PARTS:
+        for part in PARTS:
             if (value := state.get(f"{name}.{part}")) is not None:
                 cut[id(value)] = value[~outputs] if inputs is None or part != "weight" else value[~outputs][:, ~inputs]
     state.update({name: cut[id(value)] for name, value in state.items() if id(value) in cut})
@@ -92,7 +91,7 @@ def _shrink(state: dict[str, Tensor], branch: Branch, model: nn.Module) -> bool:
         if absorbed.any():
             passed = following[:, absorbed].double().sum(dim=(2, 3)) @ constant[absorbed]
             state[f"{reader_norm}.running_mean"] -= passed.float()
-        for key in (f"{name}.weight", f"{name}.bias", *(f"{norm}.{part}" for part in NORM_PARTS)):
+        for key in (f"{name}.weight", f"{name}.bias", *(f"{norm}.{part}" for part in PARTS)):
             if key in state:
                 state[key] = state[key][~removable]
         state[f"{reader}.weight"] = following[:, ~removable]
@@ -107,6 +106,6 @@ def _silent(weight: Tensor) -> Tensor:
 
 def _constant(state: dict[str, Tensor], conv: str, norm: str, eps: float) -> Tensor:
     """The constant each channel of an inner convolution emits after ReLU if its filter is zero: [filters], float64."""
-    weight, bias, mean, variance = (state[f"{norm}.{part}"].double() for part in NORM_PARTS)
+    weight, bias, mean, variance = (state[f"{norm}.{part}"].double() for part in PARTS)
     received = state[f"{conv}.bias"].double() if f"{conv}.bias" in state else 0.0
     return (bias + weight * (received - mean) / (variance + eps).sqrt()).relu()

@@ -20,12 +20,11 @@ from sparsity.recover.reconstruction import not_refitted
 from sparsity.sweep import work
 from sparsity.sweep.flags import CALIBRATION_IMAGES
 from sparsity.sweep.inputs import Inputs, load_inputs
-from sparsity.sweep.prepare import coupled_text, filter_layers, prepare_inference
+from sparsity.sweep.prepare import by_reason, coupled_text, few, filter_layers, prepare_inference
 from sparsity.system import processes
 from sparsity.system.machine import set_up_machine
 
 COMPARED = 32  # images that the folded network is compared on
-SHOWN = 2  # layers of a line that names some
 
 
 @dataclass(frozen=True)
@@ -136,16 +135,10 @@ def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator
     names = [entry.name for entry in prunable]
     left = not_refitted(model, names, images[:1])
     refitted = f"refitted by reconstruction: {len(names) - len(left)} of {len(names)} prunable layers"
-    yield "; ".join([refitted, *(f"not {_few(left, reason)}: {reason}" for reason in dict.fromkeys(left.values()))])
+    yield "; ".join([refitted, *(f"not {few(found)}: {reason}" for reason, found in by_reason(left).items())])
     filters = {name: model.get_submodule(name).out_channels for name in inner_convs(model)}
     yield f"filters that can be removed: {sum(filters.values()):,}, in {len(filters)} convolutions"
     yield f"with --couple: {coupled_text(couple(model, names))}"
-
-
-def _few(reasons: dict[str, str], reason: str) -> str:
-    """The first names with a reason, and how many more there are."""
-    names = [name for name, each in reasons.items() if each == reason]
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _dense_rest(model: nn.Module) -> str:

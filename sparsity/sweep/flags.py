@@ -182,30 +182,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def clash(args: argparse.Namespace, given: set[str]) -> str | None:
     """Why the flags have no meaning together, or None; `given` names those on the command line."""
-    iterative, export, listed = args.schedule == "iterative", args.export is not None, isinstance(args.export, list)
+    rules = (*_method_rules(args, given), *level_rules(args, given), *_file_rules(args, given))
+    return next((message for clashes, message in rules if clashes), None)
+
+
+def _method_rules(args: argparse.Namespace, given: set[str]) -> tuple[tuple[bool, str], ...]:
+    """Which flags about curves and their methods clash, and why."""
     filters = sorted(set(args.criterion) & FILTER_CRITERIA.keys())
     weights = [name for name in args.allocation if name not in FILTER_ALLOCATIONS]
     recoveries = [] if args.compare else args.recover
     idle = [flag for flag in sorted(given) if (name := flag.split("_")[0]) in TRAINING and name not in recoveries]
-    others = sorted(given - PREDICTION)
-    formats = sorted(given & {"export_precision", "export_format"})
     curves = [Curve(*parts) for parts in itertools.product(args.criterion, args.allocation, args.recover)]
     calibrated = args.compare or any(curve.needs_calibration for curve in curves)
-    rules = (
+    return (
         (args.compare and (given & {"criterion", "allocation", "recover", "schedule"} or args.sensitivity),
          "--compare is a panel of its own; leave out --criterion --allocation --recover --schedule --sensitivity"),
-        (args.sensitivity and ("allocation" in given or iterative),
-         "--sensitivity prunes one layer at a time; leave out --allocation and --schedule"),
+        (args.sensitivity and ("allocation" in given or args.schedule == "iterative" or args.couple),
+         "--sensitivity prunes one layer at a time; leave out --allocation, --schedule and --couple"),
         (args.sensitivity and (len(args.criterion) > 1 or len(args.recover) > 1),
          "--sensitivity takes one --criterion and one --recover"),
-        (args.sensitivity and "tolerance" in given,
-         "--tolerance has no effect with --sensitivity, which chooses no level"),
-        (args.sensitivity and (export or args.measure),
-         "--sensitivity prunes one layer at a time; leave out --export and --measure"),
-        (args.sensitivity and args.controls,
-         "--sensitivity draws no controls; leave out --controls"),
-        (args.describe and (export or args.measure or args.controls or args.restart),
-         "--describe writes nothing; leave out --export, --measure, --controls and --restart"),
         (idle,
          f"--{''.join(idle[:1])} has no effect without --recover {''.join(idle[:1]).split('_')[0]}"),
         (filters and weights,
@@ -214,15 +209,28 @@ def clash(args: argparse.Namespace, given: set[str]) -> str | None:
         (given & {"couple", "round_filters"} and not filters,
          f"--{''.join(sorted(given & {'couple', 'round_filters'})[:1])} has no effect without a --criterion of "
          f"filters: {' or '.join(FILTER_CRITERIA)}"),
-        (args.couple and args.sensitivity,
-         "--sensitivity prunes one layer at a time; leave out --couple"),
-        *level_rules(args, given),
+        ("calibration_images" in given and not calibrated,
+         "--calibration_images has no effect without a criterion or --recover that looks at images"),
+    )  # fmt: skip
+
+
+def _file_rules(args: argparse.Namespace, given: set[str]) -> tuple[tuple[bool, str], ...]:
+    """Which flags about what is read, measured and written clash, and why."""
+    export, formats = args.export is not None, sorted(given & {"export_precision", "export_format"})
+    others = sorted(given - PREDICTION)
+    return (
+        (args.sensitivity and "tolerance" in given,
+         "--tolerance has no effect with --sensitivity, which chooses no level"),
+        (args.sensitivity and (export or args.measure),
+         "--sensitivity prunes one layer at a time; leave out --export and --measure"),
+        (args.sensitivity and args.controls,
+         "--sensitivity draws no controls; leave out --controls"),
+        (args.describe and (export or args.measure or args.controls or args.restart),
+         "--describe writes nothing; leave out --export, --measure, --controls and --restart"),
         (args.arch_args and (args.arch is None or args.arch in BUILT_IN),
          "--arch_args needs an --arch that is not built in"),
         (formats and not export,
          f"--{''.join(formats[:1])} has no effect without --export"),
-        (listed and iterative and "levels" not in given,
-         "--schedule iterative prunes in the steps of --levels; give them with --export"),
         (export and len(args.checkpoint or []) > 1,
          "--export writes a file for each curve and level; name one --checkpoint"),
         (len(given & {"mean", "std"}) == 1,
@@ -233,7 +241,4 @@ def clash(args: argparse.Namespace, given: set[str]) -> str | None:
          "--predict takes a file of a network and one or more images"),
         (args.predict and others,
          f"--predict sweeps nothing; leave out --{', --'.join(others)}"),
-        ("calibration_images" in given and not calibrated,
-         "--calibration_images has no effect without a criterion or --recover that looks at images"),
     )  # fmt: skip
-    return next((message for clashes, message in rules if clashes), None)

@@ -22,42 +22,12 @@ def output_name(name: str | None, source: Source, spec: dict) -> str:
 
 def describe_sweep(args: argparse.Namespace, given: Inputs, panel: Panel) -> dict[str, Any]:
     """The content of the JSON; rows are only mixed where `settings` and `data` are the same."""
-    spec, source, test, device = given.saved.model, given.source, given.test, torch.device(args.device)
-    arch = short_name(spec["arch"])
-    names = list(given.described)
+    arch, source, test, names = short_name(given.saved.model["arch"]), given.source, given.test, list(given.described)
     title = ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
-    # An iterative curve depends on all levels before, so that levels cannot be added to one that is there.
-    levels = ",".join(map(level_text, args.levels))
-    calibrated, told = any(curve.needs_calibration for curve in panel) or None, recorded_augmentation(given.saved)
-    tuned = any(curve.trains for curve in panel) or None
-    distilled = any(curve.distills for curve in panel) or None
-    taught = f"{args.distill_epochs} epochs, {args.distill_images or 'all'} images, {args.distill_learning_rate:g}"
     return {
         "title": f"{arch} on {source.name}, {title}\n{len(test):,} test images, {args.precision}",
         "curves": [list(curve) for curve in panel],
-        "settings": {
-            "arch": arch,
-            "arch_args": spec.get("arch_args") or None,
-            "arch_sha256": spec.get("sha256"),
-            "test_images": len(test),
-            "batch_size": args.batch_size,
-            "precision": args.precision,
-            "device": device.type,
-            "threads": args.threads,
-            "seed": args.seed,
-            "calibration_images": calibrated and (args.calibration_images or CALIBRATION_IMAGES),
-            "calibration_augmentation": calibrated and told and str(told),  # chosen later where no checkpoint tells it
-            "budget": None if args.budget == "weights" else args.budget,
-            "schedule": f"iterative {levels}" if args.schedule == "iterative" else "oneshot",
-            "distill": distilled and taught,
-            "finetune": tuned and f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
-            "couple": args.couple or None,
-            "round_filters": args.round_filters if args.round_filters > 1 else None,
-            "engine": args.engine,
-            "torch": str(torch.__version__),
-            "compile": args.compile == "on" or None,
-            "deterministic": args.deterministic or None,
-        },
+        "settings": _settings(args, given, panel),
         "data": {
             "dataset": source.name,
             "image_size": source.image_size,
@@ -68,6 +38,40 @@ def describe_sweep(args: argparse.Namespace, given: Inputs, panel: Panel) -> dic
         },
         "checkpoints": given.described,
         "versions": versions(),
-        "machine": describe_machine(device),
+        "machine": describe_machine(torch.device(args.device)),
         "command": args.command,
+    }
+
+
+def _settings(args: argparse.Namespace, given: Inputs, panel: Panel) -> dict[str, Any]:
+    """What decides the figures of rows, beside the images; None for what has no part in them."""
+    spec, told = given.saved.model, recorded_augmentation(given.saved)
+    # An iterative curve depends on all levels before, so that levels cannot be added to one that is there.
+    levels = ",".join(map(level_text, args.levels))
+    calibrated = any(curve.needs_calibration for curve in panel) or None
+    tuned = any(curve.trains for curve in panel) or None
+    distilled = any(curve.distills for curve in panel) or None
+    taught = f"{args.distill_epochs} epochs, {args.distill_images or 'all'} images, {args.distill_learning_rate:g}"
+    return {
+        "arch": short_name(spec["arch"]),
+        "arch_args": spec.get("arch_args") or None,
+        "arch_sha256": spec.get("sha256"),
+        "test_images": len(given.test),
+        "batch_size": args.batch_size,
+        "precision": args.precision,
+        "device": torch.device(args.device).type,
+        "threads": args.threads,
+        "seed": args.seed,
+        "calibration_images": calibrated and (args.calibration_images or CALIBRATION_IMAGES),
+        "calibration_augmentation": calibrated and told and str(told),  # chosen later where no checkpoint tells it
+        "budget": None if args.budget == "weights" else args.budget,
+        "schedule": f"iterative {levels}" if args.schedule == "iterative" else "oneshot",
+        "distill": distilled and taught,
+        "finetune": tuned and f"{args.finetune_epochs} epochs, {args.finetune_learning_rate}",
+        "couple": args.couple or None,
+        "round_filters": args.round_filters if args.round_filters > 1 else None,
+        "engine": args.engine,
+        "torch": str(torch.__version__),
+        "compile": args.compile == "on" or None,
+        "deterministic": args.deterministic or None,
     }

@@ -1,8 +1,9 @@
-"""A checkpoint while it is swept: its dense network, pruner and recovery, and where an iterative curve goes on."""
+"""Checkpoints while they are swept: dense network, pruner and recovery, levels that lack a row, iterative curves."""
 
 import argparse
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -19,33 +20,33 @@ from sparsity.recover.distill import Distillation
 from sparsity.recover.finetune import Finetuning
 from sparsity.results.rows import row_key
 from sparsity.results.store import Sweep
-from sparsity.sweep.inputs import Inputs, distillation_images, finetuning_rates, training_recipe
+from sparsity.sweep import work
+from sparsity.sweep.inputs import Inputs, distillation_images, finetuning_rates, load_training_images, training_recipe
+from sparsity.sweep.level import Evaluator
+from sparsity.system import processes
 from sparsity.system.errors import UserError
 from sparsity.system.machine import DTYPES, derived_seed
-from sparsity.system.methods import Curve
+from sparsity.system.methods import Curve, Panel
 
 
 @dataclass(frozen=True)
 class Network:
     """A checkpoint while it is swept: the file `saved`, and in `means` its dense network and what recovers it.
 
-    `couple`, `multiple` and `costs` are those of `Pruner`.
+    `how` holds further arguments of `Pruner`: what a level is a share of.
     """
 
     name: str
     saved: Checkpoint
     means: Means
     seed: int
-    couple: bool = False
-    multiple: int = 1
-    costs: dict[str, int] | None = None
+    how: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def pruner(self) -> Pruner:
         """Prunes the dense network; the seed of what is drawn differs between checkpoints."""
         seed = derived_seed(self.seed, int(self.saved.sha256[:8], 16))
-        how = {"couple": self.couple, "multiple": self.multiple, "costs": self.costs}
-        return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed, **how)
+        return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed, **self.how)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,36 @@ class Networks:
             distillation = Distillation(images, augmentation, args.distill_epochs, args.distill_learning_rate, dtype)
         means = Means(dense.to(torch.device(args.device)), self.layers, self.calibration, tuning, distillation)
         costs = weight_costs(dense, list(self.layers), self.positions) if args.budget == "macs" else None
-        return Network(name, saved, means, args.seed, args.couple, args.round_filters, costs)
+        how = {"couple": args.couple, "multiple": args.round_filters, "costs": costs}
+        return Network(name, saved, means, args.seed, how)
+
+
+def open_missing(
+    args: argparse.Namespace, given: Inputs, panel: Panel, evaluator: Evaluator, search: float | None
+) -> tuple[Networks, dict[str, Panel]]:
+    """The checkpoints, and this process's share of the networks of `panel` that lack a row, by checkpoint.
+
+    Reads the images that these need, begins to write the sweep, says how long it takes, and evaluates the dense
+    networks, all processes together. A `search`, for a tolerance of so many points, lacks levels of its own.
+    """
+    sweep, settings = evaluator.sweep, evaluator.sweep.header["settings"]
+    iterative, known = args.schedule == "iterative", settings.get("calibration_augmentation")
+    missing = work.find_missing(sweep, panel, iterative, search)
+    calibration, train = load_training_images(args, given, missing.values(), known)
+    settings["calibration_augmentation"] = str(calibration.augmentation) if calibration else known
+    processes.wait()  # all have read the files that are there
+    sweep.begin(calibration_sha256=calibration and calibration.images.hash(), training_sha256=train and train.hash())
+    args.words = [word for word in args.words if word != "--restart"]  # an interrupted run goes on with its rows
+    names = tuple(sweep.header["checkpoints"])
+    networks = Networks(args, given, names, evaluator.layers, evaluator.positions, calibration, train)
+    work.announce(evaluator, missing)
+    for name in missing:
+        if name not in sweep.dense:
+            evaluator.add_dense(name, networks.open(name).means.dense)
+    tuned = args.finetune_epochs * len(train or ())
+    distilled = args.distill_epochs * len(distillation_images(args, train)) if train else 0
+    costs = work.level_costs(len(given.test), len(calibration or ()), distilled, tuned)
+    return networks, work.my_share(missing, costs, iterative)
 
 
 def resume_curve(sweep: Sweep, network: Network, curve: Curve, levels: list[float]) -> tuple[Pruner, list[float]]:

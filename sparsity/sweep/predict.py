@@ -20,7 +20,7 @@ from sparsity.networks.program import FromPixels, answers
 from sparsity.networks.program_reader import read_program
 from sparsity.sweep.flags import PROGRAMS
 from sparsity.sweep.inputs import find_normalisation, find_source
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError, described, one_line
 from sparsity.system.machine import apply_threads
 
 SHOWN = 3  # classes
@@ -83,8 +83,7 @@ def _open_program(args: argparse.Namespace, path: Path) -> Opened:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # damaged bytes surface as almost any exception from the readers of zip, JSON and ONNX
-        reason = f"{type(error).__name__}: {one_line(error)[:160]}"
-        raise UserError(f"{path} is refused, damaged or not written by this project ({reason})") from error
+        raise UserError(f"{path} is refused, damaged or not written by this project ({described(error)})") from error
     return Opened(run, size, classes)
 
 
@@ -97,8 +96,7 @@ def _shares(path: Path, opened: Opened, images: Tensor) -> Tensor:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the network is anybody's
-        reason = f"{type(error).__name__}: {one_line(error)[:160]}"
-        raise UserError(f"{path} cannot be run on images of {opened.size} pixels ({reason})") from error
+        raise UserError(f"{path} cannot be run on images of {opened.size} pixels ({described(error)})") from error
     return 100 * logits.double().softmax(1)
 
 

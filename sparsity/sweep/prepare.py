@@ -16,6 +16,8 @@ from sparsity.sweep.level import SAMPLE
 from sparsity.system.errors import UserError
 from sparsity.system.machine import DTYPES
 
+SHOWN = 3  # names in one line
+
 
 def prepare_inference(args: argparse.Namespace, given: Inputs) -> nn.Module:
     """The inference copy in which all networks of the sweep are evaluated; chooses how copies are made.
@@ -40,13 +42,11 @@ def prepare_inference(args: argparse.Namespace, given: Inputs) -> nn.Module:
 
 def say_what_stays_dense(model: nn.Module, example: torch.Tensor) -> None:
     """Print, in one line, which weights are never pruned beside the output layer, biases and normalisation."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in unprunable(model, example).items():
-        if reason != "output layer":
-            reasons.setdefault(reason, []).append(name)
+    found = unprunable(model, example)
+    reasons = by_reason({name: reason for name, reason in found.items() if reason != "output layer"})
     if loose := [name for name in dense_parameters(model) if not name.endswith("bias")]:
         reasons["in no convolution or linear layer"] = loose
-    told = [f"{_few(names)} ({reason})" for reason, names in reasons.items()]
+    told = [f"{few(names)} ({reason})" for reason, names in reasons.items()]
     if told:
         print(f"not pruned by themselves: {', '.join(told)}")
 
@@ -58,13 +58,16 @@ def filter_layers(model: nn.Module, layers: list[str], coupled: bool) -> list[st
 
 def coupled_text(coupling: Coupling) -> str:
     """How many channels can be removed, and why others stay."""
-    whole = [name for name, reason in coupling.kept.items() if reason != OUTPUTS]
-    reasons = {
-        coupling.kept[name]: [each for each in whole if coupling.kept[each] == coupling.kept[name]] for name in whole
-    }
-    told = "".join(f"; channels of {_few(names)} stay: {reason}" for reason, names in reasons.items())
+    reasons = by_reason({name: reason for name, reason in coupling.kept.items() if reason != OUTPUTS})
+    told = "".join(f"; channels of {few(names)} stay: {reason}" for reason, names in reasons.items())
     return f"{coupling.units:,} channels can be removed, in {len(coupling.groups)} groups{told}"
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+def by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
+    """Reason -> the names that have it."""
+    return {reason: [name for name in reasons if reasons[name] == reason] for reason in dict.fromkeys(reasons.values())}
+
+
+def few(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)

@@ -106,13 +106,11 @@ def images_per_second(network: nn.Module, test: Split, batch_size: int) -> float
 
 
 def announce(evaluator: Evaluator, missing: dict[str, Panel]) -> None:
-    """Say how many rows are kept, and how long evaluating the missing networks takes; set the length of the bar.
+    """Say how long evaluating the missing networks takes, and set the length of the bar.
 
     The time is that of the first few batches, times the batches, without recovery, export and timing.
     """
     sweep, test, batch_size = evaluator.sweep, evaluator.test, evaluator.batch_size
-    if sweep.kept:
-        print(f"{sweep.kept} rows in {sweep.files.csv} were measured with these settings and are kept")
     networks = sum(name not in sweep.dense for name in missing)
     for name, panel in missing.items():
         networks += sum(not sweep.has(name, curve, level) for curve, levels in panel.items() for level in levels)

@@ -104,6 +104,11 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+def described(error: BaseException) -> str:
+    """The kind of an exception and its text, on one line of bounded length."""
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
+
+
 def command_line(program: str, arguments: list[str], *extra: str) -> str:
     """The shell command that runs `program` again with `arguments`, and `extra` ones that are not among them."""
     launcher = ["python"]
