@@ -99,7 +99,7 @@ class Pruner:
         if self.costs:
             filters = sum(map(len, allocator.ascending))
             share, met = filters_share(lambda gone: self._without(allocator, gone, True)[0], filters, self.costs, share)
-            if share == 1 and level < 100:
+            if share == 1 and 100 * met < level:
                 notes = [f"all filters together are {100 * met:.1f} % of the multiply-adds"]
             elif abs(100 * met - level) > BUDGET_STEP:
                 notes = [f"{100 * met:.1f} % of the multiply-adds is the nearest that filters come to"]

@@ -55,6 +55,23 @@ def test_nine_levels_are_met_and_both_ends_are_exact(resnet, curve):
         previous = found
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_levels_that_channels_are_too_few_to_meet_are_told(multiple):
+    torch.manual_seed(0)
+    model = awaken(build({"arch": "resnet18", "num_classes": 10, "width": 4}))
+    pruner, missed = budgeted(model, couple=True, multiple=multiple), []
+    layers = {name: model.get_submodule(name) for name in pruner.layers}
+    total = sum(layer.weight.numel() * pruner.costs[name] for name, layer in layers.items())
+    for level in (0, 10, 80, 100):
+        pruned, notes = pruner.prune(Curve("filter_l1", "uniform", "none"), level)
+        zeros = census(pruned, {name: pruned.get_submodule(name) for name in layers}, {}).by_layer
+        found = 100 * sum(zeros[name] * cost for name, cost in pruner.costs.items()) / total
+        missed.append(abs(found - level) > 0.5)
+        told = f"{found:.1f} % of the multiply-adds is the nearest that filters come to"
+        assert (told in notes) == missed[-1]
+    assert any(missed) and not missed[0] and not missed[-1]
+
+
 @pytest.mark.parametrize("allocation", ["global", "lamp"])
 def test_other_weights_go_than_for_a_share_of_weights(resnet, allocation):
     curve, weights = Curve("l1", allocation, "none"), Pruner(resnet, list(prunable_layers(resnet, EXAMPLE)))
