@@ -9,7 +9,8 @@ recovered, evaluated and timed by the same code. Ours then removes channels unti
 row is one network: multiply-adds of dense over its own, accuracy in percent on the test images as it is, with BatchNorm
 re-estimated and refitted, and of the thin network images a second in batches of 32 and 128, over those of the dense one
 (`speedup_32`, `speedup_128`), and milliseconds of one image, all networks timed in turns in one process. A run draws
-other calibration images. Rows that are in the file are not measured again.
+other calibration images. Rows that are in the file are not measured again; the medians over the runs go into a file
+whose name ends in `_medians.csv`.
 """
 
 import argparse
@@ -186,6 +187,16 @@ def measure_ratio(bench: Bench, args: argparse.Namespace, ratio: float, run: int
     return rows
 
 
+def medians(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """A row for each method and ratio: the median of every figure over the runs, whose number is in `run`."""
+    found = []
+    for method, ratio in dict.fromkeys((row["method"], float(row["ratio"])) for row in rows):
+        runs = [row for row in rows if (row["method"], float(row["ratio"])) == (method, ratio)]
+        middle = {column: f"{statistics.median(float(row[column]) for row in runs):.6g}" for column in COLUMNS[3:]}
+        found.append({"method": method, "ratio": ratio, "run": len(runs)} | middle)
+    return found
+
+
 def main() -> None:
     args = parse_args()
     machine.apply_threads(args.threads)
@@ -202,6 +213,7 @@ def main() -> None:
             if not any((float(row["ratio"]), int(row["run"])) == (ratio, run) for row in rows):
                 rows += measure_ratio(bench, args, ratio, run)
                 write_csv(args.out, COLUMNS, rows)
+    write_csv(args.out.with_name(f"{args.out.stem}_medians.csv"), COLUMNS, medians(rows))
 
 
 if __name__ == "__main__":
