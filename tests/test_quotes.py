@@ -77,7 +77,7 @@ def prose(document):
     return " ".join(re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv \S+", " ", text).split())
 
 
-@pytest.mark.parametrize("document", filter(None, sections()))
+@pytest.mark.parametrize("document", list(filter(None, sections())))
 def test_quoted_figures_are_those_of_the_files(document):
     text = " ".join((ROOT / document).read_text().split())
     for line in sections()[document]:
