@@ -17,6 +17,7 @@ from sparsity.system.flags import level_text
 Costs = dict[str, Callable[[Row], float | None]]  # label of a panel -> cost of a row, None or 0 where it is unknown
 MOST_RATIO = 1000  # nothing is left of smaller networks worth drawing
 NEAR = 1.0  # points below dense that a title still calls near
+ROUNDING = 1e-4  # points: accuracies in the CSV are rounded, that of dense is not
 
 
 class Point(NamedTuple):
@@ -26,6 +27,7 @@ class Point(NamedTuple):
     accuracy: float
     name: str
     colour: str = "black"
+    level: float | None = None  # of a curve
 
 
 def savings_lines(sweep: Sweep) -> list[str]:
@@ -91,13 +93,18 @@ def _tradeoff_message(sweep: Sweep, ratios: Costs) -> str:
     for what, ratio in zip(("parameters", "multiply-adds"), ratios.values(), strict=True):
         found = [(1.0, "")]
         for curve, levels in sweep.curves().items():
-            near = [rows for rows in levels.values() if column_mean(rows, "accuracy") >= dense_accuracy(sweep) - NEAR]
+            near = [rows for rows in levels.values() if _is_near(column_mean(rows, "accuracy"), dense_accuracy(sweep))]
             found += [(float(np.mean([ratio(row) or 0 for row in rows])), curve_name(curve)) for rows in near]
         times, name = max(pair for pair in found if pair[0] <= MOST_RATIO)
         if times > 1.005:
             parts.append(style.unbroken(f"{times:.3g}x fewer {what}") + " " + style.unbroken(f"({name})"))
     words = ", ".join(parts) or "none with fewer weights"
     return f"Measured at most {points(NEAR)} below dense: {words}"
+
+
+def _is_near(accuracy: float, dense: float) -> bool:
+    """Whether an accuracy is at most NEAR points below that of dense."""
+    return accuracy >= dense - NEAR - ROUNDING
 
 
 def plot_savings(sweep: Sweep) -> Path | None:
@@ -161,11 +168,14 @@ def _draw_front(axes: Axes, drawn: list[Point]) -> None:
 
 
 def _savings_message(panels: dict[str, list[Point]], dense: float) -> str:
-    """Which network is the cheapest in each panel, of those that lose at most NEAR points against dense."""
+    """Which network is the cheapest in each panel, of those that lose at most NEAR points against dense.
+
+    Level 0 is left to dense itself: the same network, whose time differs by the machine's noise alone.
+    """
     least = {"file": "smallest file", "latency": "lowest latency", "multiply-adds": "fewest multiply-adds"}
     cheapest: dict[str, list[str]] = {}
     for label, drawn in panels.items():
-        if near := [point for point in drawn if point.accuracy >= dense - NEAR]:
+        if near := [point for point in drawn if point.level != 0 and _is_near(point.accuracy, dense)]:
             cheapest.setdefault(min(near).name, []).append(least[label.split()[0]])
     names = (f"{style.unbroken(name)} ({style.unbroken(', '.join(kinds))})" for name, kinds in cheapest.items())
     words = ", ".join(names) or "none that was measured"
@@ -219,8 +229,8 @@ def _draw_curves(axes: Axes, sweep: Sweep, cost: Callable[[Row], float | None]) 
         for level, rows in curves[curve].items():
             costs = [cost(row) for row in rows if max(row.compression, row.macs_ratio) <= MOST_RATIO]
             if len(costs) == len(rows) and all(costs):
-                point = Point(float(np.mean(costs)), column_mean(rows, "accuracy"), "", look["color"])
-                found[level] = point._replace(name=f"{curve_name(curve)} at {level_text(level)} %")
+                name = f"{curve_name(curve)} at {level_text(level)} %"
+                found[level] = Point(float(np.mean(costs)), column_mean(rows, "accuracy"), name, look["color"], level)
         x, y = style.broken(list(found), *np.reshape([point[:2] for point in found.values()], (-1, 2)).T)
         axes.plot(x, y, **look, markersize=3.5, linewidth=1.5, label=curve_name(curve))
         drawn += found.values()

@@ -139,6 +139,22 @@ def test_controls_stand_beside_the_curves_in_every_panel_that_was_measured(files
     assert "Controls (resnet18): cifar10, epochs 8." in figures[0].legends[0].get_title().get_text()
 
 
+def test_the_cheapest_network_may_lose_the_tolerance_itself_and_level_0_is_dense(files, figures):
+    third = 202 / 3  # dense in full, rows with six digits
+    for lost, winner in ((1, "l1 uniform at 40 %"), (1.001, "dense")):
+        rows = [
+            replace(made_row(0.0), accuracy=round(third, 6), latency_ms=1.0, macs_ratio=1, compression=1),
+            replace(made_row(40.0), accuracy=round(third - lost, 6), latency_ms=0.5, macs_ratio=2, compression=2),
+        ]
+        dense = {"one.pth": {"accuracy": third, "latency_ms": 2.0, "macs": 8_000_000, "parameters": 1000}}
+        sweep = made_sweep(files, rows, dense=dense)
+        savings.plot_savings(sweep)
+        told = figures[-1].get_suptitle().replace("\u00a0", " ").replace("\n", " ")
+        assert f"{winner} (smallest file, lowest latency, fewest multiply-adds)" in told
+        savings.plot_tradeoff(sweep)
+        assert ("2x fewer parameters" in figures[-1].get_suptitle().replace("\u00a0", " ")) == (lost == 1)
+
+
 def test_names_of_controls_stay_in_the_picture_and_a_damaged_table_of_them_is_told(files):
     sweep = made_sweep(files, [made_row(0.0), made_row(40.0)])
     write_rows(files.controls, [control(f"{size} and its long name", 50.0, file_bytes=size) for size in (1, 10**7)])
