@@ -128,6 +128,15 @@ def test_the_label_has_the_figures_of_the_half_it_speaks_of_and_rings_the_colour
     assert message == "Shown to be within 1 point of dense: 60 % of the weights gone (l1 lamp), no level (l1 uniform)"
 
 
+def test_without_a_chosen_level_the_title_says_that_none_was_chosen(files, figures):
+    for summary, said in (
+        ([CHOICE | {"level": 0.0}], "No level above 0 % was chosen (within 1 point of dense on half of the images)"),
+        ([], "Accuracy of pruned networks"),
+    ):
+        drawn_curve(files, figures, (0, 20, 40), summary=summary)
+        assert " ".join(figures[-1].get_suptitle().split()).startswith(said)
+
+
 def test_names_beside_lines_cover_neither_each_other_nor_the_lines_nor_the_edge(files, figures):
     rows = []
     for index, name in enumerate(("one", "two", "three", "four")):
