@@ -20,10 +20,21 @@ def test_many_curves_fit_in_the_picture_and_those_of_the_same_masks_share_a_colo
     rows = [made_row(level, curve=curve) for curve in curves for level in (0.0, 40.0)]
     width, height, _ = ink(accuracy.plot_sweep(made_sweep(files, rows)))
     assert width >= 1200 and height >= 800
-    styles = style.curve_styles(curves)
+    styles = style.curve_styles(dict.fromkeys(curves, (0.0, 40.0)))
     looks = {curve: (look["color"], look["marker"]) for curve, look in styles.items()}
     assert all((looks[one] == looks[other]) == (one[:2] == other[:2]) for one in curves for other in curves)
     assert len({tuple(map(str, look.values())) for look in styles.values()}) == len(curves)
+
+
+def test_curves_of_one_level_have_no_line_and_differ_in_their_markers(files):
+    curves = [Curve("l1", allocation, how) for allocation in ("2:4", "1:4") for how in style.LINES]
+    for levels, count in (((50.0,), len(style.LINES)), ((50.0, 75.0), 1)):
+        looks = style.curve_styles(dict.fromkeys(curves, levels))
+        for allocation in ("2:4", "1:4"):
+            found = [(look["color"], look["marker"]) for curve, look in looks.items() if curve.allocation == allocation]
+            assert len(set(found)) == count
+    few = style.curve_styles(dict.fromkeys(curves[:6], (50.0,)))
+    assert len({look["color"] for look in few.values()}) == 6
 
 
 def test_the_names_stand_in_the_order_in_which_the_curves_fall_and_no_line_leads_to_them(files, figures):
