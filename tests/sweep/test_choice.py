@@ -151,6 +151,6 @@ def test_bad_paths_and_patterns_are_told_before_anything_is_measured(tiny_checkp
 def test_rows_of_another_budget_are_not_mixed(swept_at_two, tiny_checkpoint, tmp_path, capsys):
     flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,50"]
     assert sweep(tmp_path, *flags, "--budget", "macs") == 1
-    assert "budget (None there, macs now)" in capsys.readouterr().err
+    assert "budget (not set there, macs now)" in capsys.readouterr().err
     assert sweep(tmp_path / "macs", *flags, "--budget", "macs", "--allocation", "lamp", "--tolerance", "100") == 0
     assert "50 % of the multiply-adds chosen" in capsys.readouterr().out
