@@ -1,5 +1,6 @@
 """What pruning really saved, in words and as pictures: ratios, bytes, time, multiply-adds, from the data files only."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +49,8 @@ def savings_lines(sweep: Sweep) -> list[str]:
             speeds = []
             for level, rows in skipping.items():
                 speed, ratio = column_mean(rows, "speedup"), column_mean(rows, "macs_ratio")
-                speeds.append(f"{level_text(level)} %: {speed:.2f}x for {ratio:.2f}x fewer multiply-adds")
+                fewer = f"for {ratio:.2f}x fewer" if math.isfinite(ratio) else "with no"
+                speeds.append(f"{level_text(level)} %: {speed:.2f}x {fewer} multiply-adds")
             lines.append(f"{curve_name(curve)}: throughput {how} against dense, {', '.join(speeds)}")
     for entry in sweep.header.get("exports", {}).values():
         told = ""
