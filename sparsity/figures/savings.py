@@ -1,9 +1,9 @@
 """What pruning really saved, in words and as pictures: ratios, bytes, time, multiply-adds, from the data files only."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +14,7 @@ from sparsity.figures.labels import Label, Place, place_labels
 from sparsity.results.rows import SEMI_STRUCTURED_NOTE, SPARSE_NOTE, Row, column_mean, curve_name, points, read_rows
 from sparsity.results.store import Sweep, dense_accuracy
 from sparsity.system.flags import level_text
+from sparsity.system.methods import Curve
 
 Costs = dict[str, Callable[[Row], float | None]]  # label of a panel -> cost of a row, None or 0 where it is unknown
 MOST_RATIO = 1000  # nothing is left of smaller networks worth drawing
@@ -31,8 +32,8 @@ class Point(NamedTuple):
     level: float | None = None  # of a curve
 
 
-def savings_lines(sweep: Sweep) -> list[str]:
-    """What was measured of files and times, in sentences; nothing where nothing was."""
+def savings_lines(sweep: Sweep, exported: Collection[tuple[Curve, float]] = ()) -> list[str]:
+    """What was measured of times, and of files of the levels `exported`, in sentences; nothing where nothing was."""
     lines = []
     for curve, levels in sweep.curves().items():
         timed = {level: rows for level, rows in levels.items() if all(row.speedup for row in rows)}
@@ -52,15 +53,20 @@ def savings_lines(sweep: Sweep) -> list[str]:
                 fewer = f"for {ratio:.2f}x fewer" if math.isfinite(ratio) else "with no"
                 speeds.append(f"{level_text(level)} %: {speed:.2f}x {fewer} multiply-adds")
             lines.append(f"{curve_name(curve)}: throughput {how} against dense, {', '.join(speeds)}")
-    for entry in sweep.header.get("exports", {}).values():
-        told = ""
-        if "reporting_accuracy" in entry:  # files of earlier versions do not tell it
-            told = f", {entry['reporting_accuracy']:.2f} % on the {entry['reporting_images']:,} images for reporting"
-        lines.append(
-            f"{entry['file']}: {entry['bytes']:,} bytes ({entry['precision']}){told}, {entry['bits_a_weight']:.2f} "
-            f"bits a prunable weight (mask entropy and raw values: {entry['entropy_and_values']:.2f})"
-        )
-    return lines
+    files = sweep.header.get("exports", {})
+    return lines + [_file_line(row, files[row.key]) for row in sweep.table() if (row.curve, row.level) in exported]
+
+
+def _file_line(row: Row, entry: dict[str, Any]) -> str:
+    """The file of a row in words, from its entry in the JSON."""
+    told = ""
+    if "reporting_accuracy" in entry:  # files of earlier versions do not tell it
+        told = f", {entry['reporting_accuracy']:.2f} % on the {entry['reporting_images']:,} images for reporting"
+    least = f" (mask entropy and raw values: {entry['entropy_and_values']:.2f})" * entry["file"].endswith(".npz")
+    return (
+        f"{curve_name(row.curve)} at {level_text(row.level)} %, {entry['file']}: {entry['bytes']:,} bytes "
+        f"({entry['precision']}){told}, {entry['bits_a_weight']:.2f} bits a prunable weight{least}"
+    )
 
 
 def _by_sparse_kernels(row: Row) -> bool:
