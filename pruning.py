@@ -22,7 +22,7 @@ from sparsity.recover import RECOVERIES
 from sparsity.results import comparison, summary, verdicts
 from sparsity.results.files import SweepFiles
 from sparsity.results.store import Sweep, read_sweep
-from sparsity.sweep.choice import export_again, prepare_exports
+from sparsity.sweep.choice import export_again, prepare_exports, wanted_files
 from sparsity.sweep.controls import measure_controls, require_comparable
 from sparsity.sweep.describe import describe
 from sparsity.sweep.header import describe_sweep, output_name
@@ -38,7 +38,7 @@ from sparsity.system import processes
 from sparsity.system.errors import command_line, run_main
 from sparsity.system.files import lock, prepare_folder
 from sparsity.system.machine import derived_seed, release_memory, set_up_machine
-from sparsity.system.methods import Panel
+from sparsity.system.methods import Curve, Panel
 
 
 def run_experiment(
@@ -122,12 +122,12 @@ def sweep_levels(args: argparse.Namespace) -> None:
         if processes.first():
             measure_controls(args.controls, evaluator, given.saved, given.dense)
             bar.close()
-            conclude(sweep, args.tolerance, args.sensitivity)
+            conclude(sweep, args.tolerance, args.sensitivity, wanted_files(extras))
     processes.leave()
 
 
-def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
-    """Summary, plots, tables and the sentences that answer the question."""
+def conclude(sweep: Sweep, tolerance: float, sensitivity: bool, written: set[tuple[Curve, float]]) -> None:
+    """Summary, plots, tables and the sentences that answer the question, and the files `written` by curve and level."""
     sweep.pack()
     if sensitivity:
         heatmaps.plot_sensitivity(sweep.files)
@@ -142,7 +142,7 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool) -> None:
         print(summary.summary_table(sweep))
         sentences = [entry["sentence"] for entry in [*entries, *comparisons]]
         allocations = comparison.allocation_sentence(comparisons)
-        for line in filter(None, [*sentences, allocations, verdicts.scope_text(sweep), *savings_lines(sweep)]):
+        for line in filter(None, [*sentences, allocations, verdicts.scope_text(sweep), *savings_lines(sweep, written)]):
             print(line)
     sweep.files.drop_states()
     sweep.files.drop_old()

@@ -197,8 +197,10 @@ def _message(sweep: Sweep) -> str:
     entries = sweep.header.get("summary", [])
     chosen = [entry for entry in entries if entry["level"]]
     if not chosen:
-        within = f"within {points(entries[0]['tolerance'])} of dense" if entries else ""
-        return f"No measured level above 0 % is {within}" if entries else "Accuracy of pruned networks"
+        if not entries:
+            return "Accuracy of pruned networks"
+        within = f"within {points(entries[0]['tolerance'])} of dense"
+        return f"No level above 0 % was chosen ({within} on half of the images)"
     best = max(chosen, key=lambda entry: (entry.get("shown_level") or 0, entry["level"]))
     key = "shown_level" if best.get("shown_level") else "level"
     shown = {"shown_level": "Shown to be", "level": "Chosen, but not shown to be"}[key]

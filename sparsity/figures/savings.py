@@ -1,8 +1,9 @@
 """What pruning really saved, in words and as pictures: ratios, bytes, time, multiply-adds, from the data files only."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,10 +14,12 @@ from sparsity.figures.labels import Label, Place, place_labels
 from sparsity.results.rows import SEMI_STRUCTURED_NOTE, SPARSE_NOTE, Row, column_mean, curve_name, points, read_rows
 from sparsity.results.store import Sweep, dense_accuracy
 from sparsity.system.flags import level_text
+from sparsity.system.methods import Curve
 
 Costs = dict[str, Callable[[Row], float | None]]  # label of a panel -> cost of a row, None or 0 where it is unknown
 MOST_RATIO = 1000  # nothing is left of smaller networks worth drawing
 NEAR = 1.0  # points below dense that a title still calls near
+ROUNDING = 1e-4  # points: accuracies in the CSV are rounded, that of dense is not
 
 
 class Point(NamedTuple):
@@ -26,10 +29,11 @@ class Point(NamedTuple):
     accuracy: float
     name: str
     colour: str = "black"
+    level: float | None = None  # of a curve
 
 
-def savings_lines(sweep: Sweep) -> list[str]:
-    """What was measured of files and times, in sentences; nothing where nothing was."""
+def savings_lines(sweep: Sweep, exported: Collection[tuple[Curve, float]] = ()) -> list[str]:
+    """What was measured of times, and of files of the levels `exported`, in sentences; nothing where nothing was."""
     lines = []
     for curve, levels in sweep.curves().items():
         timed = {level: rows for level, rows in levels.items() if all(row.speedup for row in rows)}
@@ -46,17 +50,23 @@ def savings_lines(sweep: Sweep) -> list[str]:
             speeds = []
             for level, rows in skipping.items():
                 speed, ratio = column_mean(rows, "speedup"), column_mean(rows, "macs_ratio")
-                speeds.append(f"{level_text(level)} %: {speed:.2f}x for {ratio:.2f}x fewer multiply-adds")
+                fewer = f"for {ratio:.2f}x fewer" if math.isfinite(ratio) else "with no"
+                speeds.append(f"{level_text(level)} %: {speed:.2f}x {fewer} multiply-adds")
             lines.append(f"{curve_name(curve)}: throughput {how} against dense, {', '.join(speeds)}")
-    for entry in sweep.header.get("exports", {}).values():
-        told = ""
-        if "reporting_accuracy" in entry:  # files of earlier versions do not tell it
-            told = f", {entry['reporting_accuracy']:.2f} % on the {entry['reporting_images']:,} images for reporting"
-        lines.append(
-            f"{entry['file']}: {entry['bytes']:,} bytes ({entry['precision']}){told}, {entry['bits_a_weight']:.2f} "
-            f"bits a prunable weight (mask entropy and raw values: {entry['entropy_and_values']:.2f})"
-        )
-    return lines
+    files = sweep.header.get("exports", {})
+    return lines + [_file_line(row, files[row.key]) for row in sweep.table() if (row.curve, row.level) in exported]
+
+
+def _file_line(row: Row, entry: dict[str, Any]) -> str:
+    """The file of a row in words, from its entry in the JSON."""
+    told = ""
+    if "reporting_accuracy" in entry:  # files of earlier versions do not tell it
+        told = f", {entry['reporting_accuracy']:.2f} % on the {entry['reporting_images']:,} images for reporting"
+    least = f" (mask entropy and raw values: {entry['entropy_and_values']:.2f})" * entry["file"].endswith(".npz")
+    return (
+        f"{curve_name(row.curve)} at {level_text(row.level)} %, {entry['file']}: {entry['bytes']:,} bytes "
+        f"({entry['precision']}){told}, {entry['bits_a_weight']:.2f} bits a prunable weight{least}"
+    )
 
 
 def _by_sparse_kernels(row: Row) -> bool:
@@ -91,13 +101,18 @@ def _tradeoff_message(sweep: Sweep, ratios: Costs) -> str:
     for what, ratio in zip(("parameters", "multiply-adds"), ratios.values(), strict=True):
         found = [(1.0, "")]
         for curve, levels in sweep.curves().items():
-            near = [rows for rows in levels.values() if column_mean(rows, "accuracy") >= dense_accuracy(sweep) - NEAR]
+            near = [rows for rows in levels.values() if _is_near(column_mean(rows, "accuracy"), dense_accuracy(sweep))]
             found += [(float(np.mean([ratio(row) or 0 for row in rows])), curve_name(curve)) for rows in near]
         times, name = max(pair for pair in found if pair[0] <= MOST_RATIO)
         if times > 1.005:
             parts.append(style.unbroken(f"{times:.3g}x fewer {what}") + " " + style.unbroken(f"({name})"))
     words = ", ".join(parts) or "none with fewer weights"
     return f"Measured at most {points(NEAR)} below dense: {words}"
+
+
+def _is_near(accuracy: float, dense: float) -> bool:
+    """Whether an accuracy is at most NEAR points below that of dense."""
+    return accuracy >= dense - NEAR - ROUNDING
 
 
 def plot_savings(sweep: Sweep) -> Path | None:
@@ -161,11 +176,14 @@ def _draw_front(axes: Axes, drawn: list[Point]) -> None:
 
 
 def _savings_message(panels: dict[str, list[Point]], dense: float) -> str:
-    """Which network is the cheapest in each panel, of those that lose at most NEAR points against dense."""
+    """Which network is the cheapest in each panel, of those that lose at most NEAR points against dense.
+
+    Level 0 is left to dense itself: the same network, whose time differs by the machine's noise alone.
+    """
     least = {"file": "smallest file", "latency": "lowest latency", "multiply-adds": "fewest multiply-adds"}
     cheapest: dict[str, list[str]] = {}
     for label, drawn in panels.items():
-        if near := [point for point in drawn if point.accuracy >= dense - NEAR]:
+        if near := [point for point in drawn if point.level != 0 and _is_near(point.accuracy, dense)]:
             cheapest.setdefault(min(near).name, []).append(least[label.split()[0]])
     names = (f"{style.unbroken(name)} ({style.unbroken(', '.join(kinds))})" for name, kinds in cheapest.items())
     words = ", ".join(names) or "none that was measured"
@@ -219,8 +237,8 @@ def _draw_curves(axes: Axes, sweep: Sweep, cost: Callable[[Row], float | None]) 
         for level, rows in curves[curve].items():
             costs = [cost(row) for row in rows if max(row.compression, row.macs_ratio) <= MOST_RATIO]
             if len(costs) == len(rows) and all(costs):
-                point = Point(float(np.mean(costs)), column_mean(rows, "accuracy"), "", look["color"])
-                found[level] = point._replace(name=f"{curve_name(curve)} at {level_text(level)} %")
+                name = f"{curve_name(curve)} at {level_text(level)} %"
+                found[level] = Point(float(np.mean(costs)), column_mean(rows, "accuracy"), name, look["color"], level)
         x, y = style.broken(list(found), *np.reshape([point[:2] for point in found.values()], (-1, 2)).T)
         axes.plot(x, y, **look, markersize=3.5, linewidth=1.5, label=curve_name(curve))
         drawn += found.values()

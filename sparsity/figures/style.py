@@ -4,7 +4,7 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 
 import numpy as np
@@ -78,16 +78,18 @@ def wrapped(text: str, width: float) -> str:
     return literal("\n".join(lines))
 
 
-def curve_styles(curves: Iterable[Curve]) -> dict[Curve, dict]:
+def curve_styles(curves: Mapping[Curve, Sized]) -> dict[Curve, dict]:
     """Curve -> keywords of a line: the line style tells the recovery, colour and marker criterion and allocation.
 
-    Up to MOST_NAMES curves have a colour each, in which their names are written beside them.
+    Up to MOST_NAMES curves have a colour each, in which their names are written beside them. Of a curve of one level,
+    which has no line, the marker tells the recovery as well.
     """
-    curves, styles = list(curves), {}
+    styles = {}
     parts = 3 if len(curves) <= MOST_NAMES else 2
     groups = list(dict.fromkeys(curve[:parts] for curve in curves))
-    for curve in curves:
+    for curve, levels in curves.items():
         again, index = divmod(groups.index(curve[:parts]), len(COLOURS))
+        again += [*LINES].index(curve.recover) if len(levels) == 1 and curve.recover in LINES else 0
         line = LINES.get(curve.recover, (0, (3, 1, 1, 1, 1, 1)))
         styles[curve] = {"color": COLOURS[index], "marker": MARKERS[again % len(MARKERS)], "linestyle": line}
     return styles

@@ -96,7 +96,8 @@ def asked_pairs(sweep: Sweep, entries: list[dict[str, Any]]) -> list[Asked]:
     one; of several such groups, the one is taken in which a curve goes furthest. How far a curve goes, its chosen level
     and its accuracy there, is read off the half of the images for choosing. Levels are measured ones; of those that the
     two have in common, by SAME_WEIGHTS or SAME_MACS, the highest up to the chosen level of the first, or else the
-    lowest. Allocations are compared on both axes. Pairs without such levels are left out.
+    lowest. Allocations are compared on both axes. Pairs without such levels are left out, as are levels at which both
+    have no prunable weight left, where there is nothing to compare.
     """
     points, asked = measured_points(sweep), []
     chosen = {curve_of(entry): entry["level"] or 0.0 for entry in entries}
@@ -151,7 +152,7 @@ def _match(first: list[Point], second: list[Point], chosen: float, axis: str) ->
     gap = _gap_in_weights if axis == "weights" else _gap_in_macs
     limit = SAME_WEIGHTS if axis == "weights" else SAME_MACS
     nearest = [(one, min(second, key=lambda other: gap(one, other))) for one in first if second]
-    same = [pair for pair in nearest if gap(*pair) <= limit]
+    same = [pair for pair in nearest if gap(*pair) <= limit and min(point.sparsity for point in pair) < 100]
     return max((pair for pair in same if pair[0].level <= chosen), default=min(same, default=None))
 
 

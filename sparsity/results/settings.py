@@ -72,5 +72,8 @@ def require_same(table: Path, there: dict[str, Any], now: dict[str, Any], layers
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    """A setting in a few words."""
+    if value is None:
+        return "not set"
+    text = ("on" if value else "off") if isinstance(value, bool) else str(value)
     return text if len(text) <= 24 else text[:12] + "..."

@@ -1,5 +1,7 @@
 """The results of a sweep in tables: one for the screen, one for papers, one of layers."""
 
+import math
+
 import numpy as np
 
 from sparsity.results.rows import Row, column_mean, curve_name
@@ -16,6 +18,11 @@ ROUND_LEVELS = (0.0, 20.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0, 100.0)
 def _p_text(p: float) -> str:
     """A p value in words: '0.0123', '1e-30', '< 1e-300'."""
     return "< 1e-300" if p < 1e-300 else f"{p:.3g}"
+
+
+def _ratio_text(ratio: float) -> str:
+    """How much smaller a network is than dense: '2.50x'."""
+    return f"{ratio:.2f}x" if math.isfinite(ratio) else "none left"
 
 
 def summary_table(sweep: Sweep) -> str:
@@ -39,9 +46,10 @@ def _table_line(level: float, rows: list[Row]) -> str:
     if len(rows) == 1:
         interval, p = f"{rows[0].ci_low:.2f} to {rows[0].ci_high:.2f}", _p_text(rows[0].mcnemar_p)
     columns = ("sparsity", "loss", "agreement", "compression", "macs_ratio")
-    sparsity, *rest = (column_mean(rows, name) for name in columns)
+    sparsity, loss, agreement, *ratios = (column_mean(rows, name) for name in columns)
+    compression, macs = map(_ratio_text, ratios)
     start = f"{level_text(level):>8} {sparsity:>8.2f} {accuracy:>11.2f}  {interval:>15}"
-    return start + " {:>8.4f} {:>12.2f} {:>11.2f}x {:>10.2f}x {:>10}".format(*rest, p)
+    return f"{start} {loss:>8.4f} {agreement:>12.2f} {compression:>12} {macs:>11} {p:>10}"
 
 
 def sensitivity_table(sweep: Sweep, most: int = 10) -> str:

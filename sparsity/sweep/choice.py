@@ -12,7 +12,7 @@ from sparsity.results.verdicts import curve_of, summarise_all
 from sparsity.sweep.export import Exporter, ExportFiles
 from sparsity.sweep.flags import PROGRAMS
 from sparsity.sweep.inputs import Inputs
-from sparsity.sweep.level import Evaluator
+from sparsity.sweep.level import Evaluator, Extra
 from sparsity.sweep.levels import CHOICES, SEARCH_STEP
 from sparsity.sweep.programs import require_program
 from sparsity.system.machine import DTYPES
@@ -51,6 +51,11 @@ def make_exporter(args: argparse.Namespace, sweep: Sweep, files: ExportFiles, pa
     about = {"schedule": sweep.header["settings"]["schedule"], "seed": args.seed, "excluded": args.exclude}
     about |= {"budget": args.budget}
     return Exporter(wanted, files, sweep, test, args.batch_size, DTYPES[args.precision], about)
+
+
+def wanted_files(extras: tuple[Extra, ...]) -> set[tuple[Curve, float]]:
+    """The networks of which a command wanted files, by curve and level."""
+    return {wanted for extra in extras if isinstance(extra, Exporter) for wanted in extra.wanted}
 
 
 def export_again(

@@ -24,8 +24,11 @@ def describe_sweep(args: argparse.Namespace, given: Inputs, panel: Panel) -> dic
     """The content of the JSON; rows are only mixed where `settings` and `data` are the same."""
     arch, source, test, names = short_name(given.saved.model["arch"]), given.source, given.test, list(given.described)
     title = ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
+    ways = [f"{len(test):,} test images", args.precision, *["coupled channels"] * args.couple]
+    ways += [f"filters in multiples of {args.round_filters}"] * (args.round_filters > 1)
+    ways += ["levels are shares of the multiply-adds"] * (args.budget == "macs")
     return {
-        "title": f"{arch} on {source.name}, {title}\n{len(test):,} test images, {args.precision}",
+        "title": f"{arch} on {source.name}, {title}\n{', '.join(ways)}",
         "curves": [list(curve) for curve in panel],
         "settings": _settings(args, given, panel),
         "data": {

@@ -18,7 +18,7 @@ from sparsity.networks.onnx_file import run_onnx
 from sparsity.networks.outputs import require_logits
 from sparsity.networks.program import FromPixels, answers
 from sparsity.networks.program_reader import read_program
-from sparsity.sweep.flags import PROGRAMS
+from sparsity.sweep.flags import EXPORT_FORMATS, PROGRAMS
 from sparsity.sweep.inputs import find_normalisation, find_source
 from sparsity.system.errors import UserError, described, one_line
 from sparsity.system.machine import apply_threads
@@ -41,8 +41,11 @@ def predict(args: argparse.Namespace) -> None:
     path, *images = args.predict
     apply_threads(args.threads)
     for image in images:
+        if image.suffix in EXPORT_FORMATS.values():
+            raise UserError(f"{image} is no image; the file of the network comes first, before the images")
         if not image.is_file():
-            raise UserError(f"image {image} is not there; name files of images after {path}")
+            missing = "is no file" if image.exists() else "is not there"
+            raise UserError(f"image {image} {missing}; name files of images after {path}")
     with redirect_stdout(sys.stderr):
         opened = _open_program(args, path) if path.suffix in PROGRAMS.values() else _open_checkpoint(args, path)
     for start in range(0, len(images), BATCH):

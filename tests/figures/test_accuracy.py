@@ -20,10 +20,21 @@ def test_many_curves_fit_in_the_picture_and_those_of_the_same_masks_share_a_colo
     rows = [made_row(level, curve=curve) for curve in curves for level in (0.0, 40.0)]
     width, height, _ = ink(accuracy.plot_sweep(made_sweep(files, rows)))
     assert width >= 1200 and height >= 800
-    styles = style.curve_styles(curves)
+    styles = style.curve_styles(dict.fromkeys(curves, (0.0, 40.0)))
     looks = {curve: (look["color"], look["marker"]) for curve, look in styles.items()}
     assert all((looks[one] == looks[other]) == (one[:2] == other[:2]) for one in curves for other in curves)
     assert len({tuple(map(str, look.values())) for look in styles.values()}) == len(curves)
+
+
+def test_curves_of_one_level_have_no_line_and_differ_in_their_markers(files):
+    curves = [Curve("l1", allocation, how) for allocation in ("2:4", "1:4") for how in style.LINES]
+    for levels, count in (((50.0,), len(style.LINES)), ((50.0, 75.0), 1)):
+        looks = style.curve_styles(dict.fromkeys(curves, levels))
+        for allocation in ("2:4", "1:4"):
+            found = [(look["color"], look["marker"]) for curve, look in looks.items() if curve.allocation == allocation]
+            assert len(set(found)) == count
+    few = style.curve_styles(dict.fromkeys(curves[:6], (50.0,)))
+    assert len({look["color"] for look in few.values()}) == 6
 
 
 def test_the_names_stand_in_the_order_in_which_the_curves_fall_and_no_line_leads_to_them(files, figures):
@@ -126,6 +137,15 @@ def test_the_label_has_the_figures_of_the_half_it_speaks_of_and_rings_the_colour
     assert thin.get_markeredgewidth() < thick.get_markeredgewidth()
     message = figures[-1].get_suptitle().splitlines()[0].replace("\u00a0", " ")
     assert message == "Shown to be within 1 point of dense: 60 % of the weights gone (l1 lamp), no level (l1 uniform)"
+
+
+def test_without_a_chosen_level_the_title_says_that_none_was_chosen(files, figures):
+    for summary, said in (
+        ([CHOICE | {"level": 0.0}], "No level above 0 % was chosen (within 1 point of dense on half of the images)"),
+        ([], "Accuracy of pruned networks"),
+    ):
+        drawn_curve(files, figures, (0, 20, 40), summary=summary)
+        assert " ".join(figures[-1].get_suptitle().split()).startswith(said)
 
 
 def test_names_beside_lines_cover_neither_each_other_nor_the_lines_nor_the_edge(files, figures):

@@ -82,16 +82,22 @@ def test_savings_in_words_are_those_of_the_rows_and_nothing_is_said_where_nothin
     assert "l1 uniform: 1.00x the throughput of dense (0.90x to 1.20x over the levels)" in masks
     rows[-1] = replace(rows[-1], notes="sparse arithmetic in 20 of 20 convolutions", macs_ratio=3.0)
     filters = replace(made_row(50.0, curve=("filter_l1", "uniform", "none")), speedup=1.5)
+    empty = replace(filters, level=100.0, speedup=9.0, macs_ratio=math.inf)
     entry = {"file": "net.npz", "bytes": 12_345, "precision": "fp16", "bits_a_weight": 4.0, "entropy_and_values": 3.9}
     told = entry | {"reporting_accuracy": 71.5, "reporting_images": 1234}
-    exports = {"key": entry, "other": told}
-    thin, masks, sparse, file, more = savings.savings_lines(made_sweep(files, [*rows, filters], exports=exports))
-    assert more.startswith("net.npz: 12,345 bytes (fp16), 71.50 % on the 1,234 images for reporting, 4.00 bits")
+    exports = {rows[0].key: entry, rows[1].key: told, rows[2].key: entry | {"file": "net.pth"}}
+    sweep, curve = made_sweep(files, [*rows, filters, empty], exports=exports), rows[0].curve
+    assert len(savings.savings_lines(sweep)) == 3  # files of earlier commands
+    thin, masks, sparse, file, more, dense = savings.savings_lines(sweep, {(curve, row.level) for row in rows})
+    assert dense == "l1 uniform at 90 %, net.pth: 12,345 bytes (fp16), 4.00 bits a prunable weight"
+    assert more.startswith(
+        "l1 uniform at 50 %, net.npz: 12,345 bytes (fp16), 71.50 % on the 1,234 images for reporting, 4.00 bits"
+    )
     assert "0.95x the throughput of dense (0.90x to 1.00x over the levels)" in masks
     assert sparse.endswith("throughput with sparse kernels against dense, 90 %: 1.20x for 3.00x fewer multiply-adds")
-    assert "throughput of the smaller network against dense, 50 %: 1.50x" in thin
-    size = "net.npz: 12,345 bytes (fp16), 4.00 bits a prunable weight (mask entropy and raw values: 3.90"
-    assert file.startswith(size)
+    assert thin.endswith("against dense, 50 %: 1.50x for 1.00x fewer multiply-adds, 100 %: 9.00x with no multiply-adds")
+    size = "12,345 bytes (fp16), 4.00 bits a prunable weight (mask entropy and raw values: 3.90)"
+    assert file == f"l1 uniform at 0 %, net.npz: {size}"
     unmeasured = made_sweep(files, [replace(made_row(0.0), file_bytes=None, latency_ms=None, speedup=None)])
     picture = files.with_suffix("_savings.png")
     picture.write_bytes(b"of rows that were measured again")
@@ -137,6 +143,22 @@ def test_controls_stand_beside_the_curves_in_every_panel_that_was_measured(files
         assert "resnet18" in [text.get_text() for text in axes.texts]
     assert line_points({line.get_label(): line for line in macs.get_lines()}["dense"]) == [[8, 100]]
     assert "Controls (resnet18): cifar10, epochs 8." in figures[0].legends[0].get_title().get_text()
+
+
+def test_the_cheapest_network_may_lose_the_tolerance_itself_and_level_0_is_dense(files, figures):
+    third = 202 / 3  # dense in full, rows with six digits
+    for lost, winner in ((1, "l1 uniform at 40 %"), (1.001, "dense")):
+        rows = [
+            replace(made_row(0.0), accuracy=round(third, 6), latency_ms=1.0, macs_ratio=1, compression=1),
+            replace(made_row(40.0), accuracy=round(third - lost, 6), latency_ms=0.5, macs_ratio=2, compression=2),
+        ]
+        dense = {"one.pth": {"accuracy": third, "latency_ms": 2.0, "macs": 8_000_000, "parameters": 1000}}
+        sweep = made_sweep(files, rows, dense=dense)
+        savings.plot_savings(sweep)
+        told = figures[-1].get_suptitle().replace("\u00a0", " ").replace("\n", " ")
+        assert f"{winner} (smallest file, lowest latency, fewest multiply-adds)" in told
+        savings.plot_tradeoff(sweep)
+        assert ("2x fewer parameters" in figures[-1].get_suptitle().replace("\u00a0", " ")) == (lost == 1)
 
 
 def test_names_of_controls_stay_in_the_picture_and_a_damaged_table_of_them_is_told(files):

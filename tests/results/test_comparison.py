@@ -75,7 +75,11 @@ def test_levels_are_the_same_within_the_stated_margins_alone(files):
         assert len(asked(made(files, {LAMP: {80.0: (0, 2)}, UNIFORM: {80.0: (0, ratio)}}))) == found
     assert asked(made(files, {LAMP: {0.0: (0, 1)}, UNIFORM: {0.0: (0, 1)}})) == []  # the dense network twice
     gone = {100.0: (20, float("inf"))}
-    assert len(asked(made(files, {LAMP: gone, UNIFORM: gone}))) == 2  # nothing left of either is the same
+    assert asked(made(files, {LAMP: gone, UNIFORM: gone})) == []  # nothing is left of either
+    nearly = {99.9: (20, 1000.0)} | gone
+    assert asked(made(files, {LAMP: nearly, UNIFORM: nearly})) == [
+        ("allocation", axis, (LAMP, 99.9), (UNIFORM, 99.9)) for axis in comparison.AXES
+    ]
 
 
 def test_figures_are_those_of_the_reporting_half_by_holm_over_all_pairs(files):

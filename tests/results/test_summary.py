@@ -1,5 +1,7 @@
 """The tables of a sweep."""
 
+import math
+
 import numpy as np
 import pytest
 from helpers import add_lost, bare_sweep
@@ -14,14 +16,15 @@ NAMES = ("one.pth", "two.pth")
 
 def test_the_table_shows_every_level(files):
     sweep = bare_sweep(files)
-    for level, lost in ((0.0, 0), (40.0, 20), (99.5, 20), (100.0, 15)):
-        add_lost(sweep, level, lost)
+    for level, lost, ratio in ((0.0, 0, 1.0), (40.0, 20, 2.5), (99.5, 20, 1234.5), (100.0, 15, math.inf)):
+        add_lost(sweep, level, lost, compression=ratio, macs_ratio=ratio)
     head, curve, *lines = summary.summary_table(sweep).splitlines()
     assert "95 % interval" in head and head.endswith("McNemar p") and curve == "-- l1 uniform --"
     shown = [line.split()[:3:2] for line in lines]
     assert shown == [["0", "100.00"], ["40", "0.00"], ["99.5", "0.00"], ["100", "25.00"]]
     assert [float(line.split()[-1]) for line in lines[:2]] == pytest.approx([1, 2.0**-39], rel=1e-2)
     assert {len(line) for line in lines} == {len(head)}
+    assert "2.50x       2.50x " in lines[1] and "none left   none left " in lines[3]
 
 
 def test_several_checkpoints_are_averaged_over_the_levels_that_all_have(files):

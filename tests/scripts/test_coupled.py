@@ -19,7 +19,9 @@ def test_files_of_coupled_channels_rebuild_themselves(tiny_checkpoint, tmp_path,
     assert "coupled: 180 channels can be removed, in 12 groups\n" in capsys.readouterr().out
     dense, half, none = rows_of(files_of(tmp_path).csv)
     assert all("0 predictions differ" in row["notes"] for row in (half, none))
-    assert json.loads(files_of(tmp_path).json.read_text())["settings"]["round_filters"] == 4
+    header = json.loads(files_of(tmp_path).json.read_text())
+    assert header["settings"]["round_filters"] == 4
+    assert header["title"].endswith("24 test images, fp32, coupled channels, filters in multiples of 4")
     (path,) = tmp_path.glob("*filter_l1_uniform_none_40*")
     small = load_network(path)[1]
     assert [small.conv1.out_channels, small.layer2[0].conv2.out_channels, small.linear.in_features] == [4, 4, 20]
@@ -45,7 +47,7 @@ def test_rows_of_coupled_and_of_inner_filters_are_not_mixed(tiny_checkpoint, tmp
     flags = ["--checkpoint", tiny_checkpoint, "--levels", "50", "--criterion", "filter_l1"]
     assert sweep(tmp_path, *flags) == 0
     assert sweep(tmp_path, *flags, "--couple") == 1
-    assert "couple (None there, True now)" in capsys.readouterr().err
+    assert "couple (not set there, on now)" in capsys.readouterr().err
 
 
 NET = """

@@ -78,7 +78,7 @@ def test_the_chosen_level_of_each_curve_is_written_once_and_its_row_stays(accura
     assert len(names(tmp_path)) == 2
 
 
-def test_the_best_curve_is_the_one_that_removes_most(accurate, tmp_path):
+def test_the_best_curve_is_the_one_that_removes_most(accurate, tmp_path, capsys):
     flags = [*accurate, *FLAGS, "--criterion", "l1", "random", "--recover", "batchnorm"]
     for budget in ("weights", "macs"):
         out = tmp_path / budget
@@ -91,6 +91,9 @@ def test_the_best_curve_is_the_one_that_removes_most(accurate, tmp_path):
             share = float(row["sparsity"]) if budget == "weights" else 100 - 100 / float(row["macs_ratio"])
             saved[f"{STEM}_{entry['criterion']}_{entry['allocation']}_batchnorm_{entry['level'] or 0:g}.pth"] = share
         assert saved[name] >= max(saved.values()) - 0.5 > min(saved.values())
+        assert f"%, {out / 'files' / name}: " in capsys.readouterr().out
+    assert export(out, *flags, "--budget", "macs", "--export", "20") == 0  # all but 20 % are of the command before
+    assert name not in capsys.readouterr().out
 
 
 def test_a_curve_that_affords_no_level_is_said_and_has_no_file(accurate, tmp_path, capsys):
@@ -151,6 +154,6 @@ def test_bad_paths_and_patterns_are_told_before_anything_is_measured(tiny_checkp
 def test_rows_of_another_budget_are_not_mixed(swept_at_two, tiny_checkpoint, tmp_path, capsys):
     flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,50"]
     assert sweep(tmp_path, *flags, "--budget", "macs") == 1
-    assert "budget (None there, macs now)" in capsys.readouterr().err
+    assert "budget (not set there, macs now)" in capsys.readouterr().err
     assert sweep(tmp_path / "macs", *flags, "--budget", "macs", "--allocation", "lamp", "--tolerance", "100") == 0
     assert "50 % of the multiply-adds chosen" in capsys.readouterr().out
