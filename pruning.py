@@ -37,6 +37,7 @@ from sparsity.sweep.search import search_levels
 from sparsity.system import processes
 from sparsity.system.errors import command_line, run_main
 from sparsity.system.files import lock, prepare_folder
+from sparsity.system.flags import counted
 from sparsity.system.machine import derived_seed, release_memory, set_up_machine
 from sparsity.system.methods import Curve, Panel
 
@@ -111,7 +112,7 @@ def sweep_levels(args: argparse.Namespace) -> None:
         fast = compiled(inference, test, args.batch_size) if args.compile == "on" else None
         extras = make_extras(args, sweep, exported, panel, test, inference)
         if sweep.kept:
-            print(f"{sweep.kept} rows in {files.csv} were measured with these settings and are kept")
+            print(f"kept: {counted(sweep.kept, 'row')} in {files.csv}, measured with these settings")
         rest = {"batch_size": args.batch_size, "engine": args.engine, "extras": extras, "bar": bar}
         evaluator = Evaluator(sweep, inference, fast, test, positions, layers=tuple(prunable), **rest)
         evaluate_missing(args, given, panel, evaluator, args.tolerance if args.search else None)

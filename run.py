@@ -27,6 +27,7 @@ from sparsity.networks.inference import CompiledNetwork, inference_copy, refresh
 from sparsity.results.record import HISTORY_COLUMNS, write_confusion, write_history
 from sparsity.system import processes
 from sparsity.system.files import file_hash, prepare_folder, write_json
+from sparsity.system.flags import counted
 from sparsity.system.machine import DTYPES, derived_seed, describe_machine, set_up_machine, versions
 from sparsity.training import resume
 from sparsity.training.budget import fit_epochs
@@ -129,7 +130,7 @@ def announce(args: Namespace, name: str, model: nn.Module, training: int, test: 
     """Print the network, the machine, the numbers of images, and the epoch that is resumed after."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     several = f", {processes.size()} processes" if processes.size() > 1 else ""
-    how = f"{args.precision}, {args.threads} threads" + ", compiled" * (args.compile == "on") + several
+    how = f"{args.precision}, {counted(args.threads, 'thread')}" + ", compiled" * (args.compile == "on") + several
     print(f"{args.arch} with {parameters:,} parameters on {args.device} ({how})")
     print(f"{name}: {training:,} training and {test:,} test images of {args.image_size} pixels")
     if args.ema:

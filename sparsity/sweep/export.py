@@ -24,7 +24,7 @@ from sparsity.sweep.level import SAMPLE, PrunedNetwork
 from sparsity.sweep.programs import make_program, predictions_of, write_program
 from sparsity.system.errors import UserError
 from sparsity.system.files import file_hash, prepare_folder
-from sparsity.system.flags import level_text
+from sparsity.system.flags import counted, level_text
 from sparsity.system.machine import versions
 from sparsity.system.methods import Curve
 
@@ -139,7 +139,8 @@ class Exporter:
         if program or self.files.precision != "fp32" or (counts and counts.removed):
             again = predictions_of(program, self.test) if program else self._predictions(_build(spec, kept, way))
             differing, predictions = int((again.numpy() != predictions).sum()), again.numpy()
-            notes.append(f"file {self._metrics(predictions)['test_accuracy']:.2f} %, {differing} predictions differ")
+            changed = f"{counted(differing, 'prediction')} differ{'s' * (differing == 1)}"
+            notes.append(f"file {self._metrics(predictions)['test_accuracy']:.2f} %, {changed}")
         metrics = self._metrics(predictions)
         path, metadata = self.files.path(pruned.curve, pruned.level), self._metadata(pruned, row, spec, metrics)
         if program:

@@ -16,6 +16,7 @@ from sparsity.sweep.levels import own_levels
 from sparsity.sweep.search import levels_ahead
 from sparsity.system import processes
 from sparsity.system.errors import UserError
+from sparsity.system.flags import counted
 from sparsity.system.methods import FILTER_CRITERIA, ONE_LAYER, RECOVERIES, Curve, Panel
 
 RECONSTRUCTED_LEVELS = [60.0, 80.0, 90.0, 95.0]
@@ -121,5 +122,5 @@ def announce(evaluator: Evaluator, missing: dict[str, Panel]) -> None:
         shared = f" in {processes.size()} processes" if processes.size() > 1 else ""
         recovered = any(curve.recover != "none" for panel in missing.values() for curve in panel)
         more = "; recovery comes on top" if recovered else ""
-        work = f"{networks} networks x {len(test):,} images at {rate:,.0f} images/s"
+        work = f"{counted(networks, 'network')} x {counted(len(test), 'image')} at {rate:,.0f} images/s"
         print(f"about {seconds}{shared}: {work}{more}", flush=True)

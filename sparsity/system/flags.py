@@ -72,6 +72,11 @@ def level_text(level: float) -> str:
     return f"{level:.10g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: '1 network', '2,048 networks'."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def time_span(text: str) -> float:
     """An argparse type: seconds, from text such as '2h30m', '90m', '1.5h' and '45s', or a bare number of seconds."""
     found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text)

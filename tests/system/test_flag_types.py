@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from sparsity.system.flags import (
+    counted,
     device_name,
     given_flags,
     integer,
@@ -66,3 +67,7 @@ def test_given_flags_are_those_on_the_command_line_even_with_their_default():
     parser.add_argument("--c", nargs="+", default=[])
     assert given_flags(parser, ["--a", "1", "--c", "x"]) == {"a", "c"}
     assert given_flags(parser, []) == set()
+
+
+def test_one_thing_is_singular():
+    assert [counted(number, "row") for number in (0, 1, 2, 2048)] == ["0 rows", "1 row", "2 rows", "2,048 rows"]
