@@ -4,8 +4,8 @@
 
 Each row is a run of `run.py --recipe strong` on the first training images of each class, 20,000 in all, by default of a
 ResNet-18 of a quarter of the usual width for five epochs; test accuracy is that on all test images. A pilot whose row
-is in the file is not run again, so that an interrupted table goes on. Columns: variant, the flags that make it, arch,
-width, images, seed, epochs, test and training accuracy in percent after the last epoch, the seconds of all epochs.
+is in the file is not run again, so that an interrupted table goes on. Columns: variant, seed, the flags that make it, arch,
+width, images, epochs, test and training accuracy in percent after the last epoch, the seconds of all epochs.
 """
 
 import argparse
@@ -41,16 +41,8 @@ VARIANTS = {
     "reference recipe": "--recipe reference --T_max {epochs}",
 }
 COLUMNS = (
-    "variant",
-    "flags",
-    "arch",
-    "width",
-    "images",
-    "seed",
-    "epochs",
-    "test_accuracy",
-    "training_accuracy",
-    "seconds",
+    *("variant", "seed", "flags", "arch", "width", "images", "epochs"),
+    *("test_accuracy", "training_accuracy", "seconds"),
 )
 
 
