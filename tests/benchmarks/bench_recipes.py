@@ -4,8 +4,8 @@
 
 Each row is a run of `run.py --recipe strong` on the first training images of each class, 20,000 in all, by default of a
 ResNet-18 of a quarter of the usual width for five epochs; test accuracy is that on all test images. A pilot whose row
-is in the file is not run again, so that an interrupted table goes on. Columns: variant, seed, the flags that make it, arch,
-width, images, epochs, test and training accuracy in percent after the last epoch, the seconds of all epochs.
+is in the file is not run again, so that an interrupted table goes on. Columns: variant, seed, the flags that make it,
+arch, width, images, epochs, test and training accuracy in percent after the last epoch, the seconds of all epochs.
 """
 
 import argparse
