@@ -64,9 +64,9 @@ def run_onnx(data: bytes) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4  # no lines of its own
-    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    runner = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+        return torch.from_numpy(runner.run([OUTPUT], {INPUT: images.numpy()})[0])
 
-    return run, session.get_modelmeta().custom_metadata_map
+    return run, runner.get_modelmeta().custom_metadata_map
