@@ -1,5 +1,7 @@
 """Seeds, precision and compiling are chosen as promised."""
 
+import ctypes
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,3 +45,33 @@ def test_hashes_see_every_byte():
 def test_a_device_that_is_not_here_is_told():
     with pytest.raises(UserError, match="--device cuda:99 cannot be used here"):
         machine.resolve_device("cuda:99")
+
+
+FAULTS = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+from sparsity.system.machine import keep_memory, release_memory
+
+def faults_of_a_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 23)  # 32 MB: 8,192 pages of 4 kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+{call}
+steps = [faults_of_a_step() for _ in range(12)]
+release_memory()
+print(min(steps), faults_of_a_step())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_kept_until_it_is_released():
+    root = str(Path(__file__).parents[2])
+    steps = {}
+    for call in ("", "keep_memory()"):
+        command = [sys.executable, "-c", FAULTS.format(root=root, call=call)]
+        steps[call] = [int(word) for word in subprocess.check_output(command, text=True).split()]
+    (default, _), (kept, released) = steps.values()
+    assert kept < default / 10  # the pages of the step before are used again
+    assert released > 10 * kept
