@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sparsity.figures import accuracy, heatmaps
 from sparsity.figures.savings import savings_lines
 from sparsity.networks.evaluation import default_batch_size
+from sparsity.networks.fused import fused
 from sparsity.networks.inference import compiled
 from sparsity.networks.sparse import require_supported
 from sparsity.recover import RECOVERIES
@@ -109,12 +110,12 @@ def sweep_levels(args: argparse.Namespace) -> None:
     with alone, tqdm(unit="img", disable=None if processes.first() else True, leave=False) as bar:
         sweep = open_shared(files, describe_sweep(args, given, panel), given, prunable, args.restart)
         test = given.test.to(device)
-        fast = compiled(inference, test, args.batch_size) if args.compile == "on" else None
+        network = compiled(inference, test, args.batch_size) if args.compile == "on" else fused(inference, test)
         extras = make_extras(args, sweep, exported, panel, test, inference)
         if sweep.kept:
             print(f"kept: {counted(sweep.kept, 'row')} in {files.csv}, measured with these settings")
         rest = {"batch_size": args.batch_size, "engine": args.engine, "extras": extras, "bar": bar}
-        evaluator = Evaluator(sweep, inference, fast, test, positions, layers=tuple(prunable), **rest)
+        evaluator = Evaluator(sweep, inference, network, test, positions, layers=tuple(prunable), **rest)
         evaluate_missing(args, given, panel, evaluator, args.tolerance if args.search else None)
         if args.export in CHOICES:
             again, exporting = export_again(args, given, panel, evaluator)

@@ -23,6 +23,7 @@ from sparsity.figures.training import plot_confusion, plot_training
 from sparsity.networks import checkpoint
 from sparsity.networks.evaluation import Evaluation, default_batch_size, evaluate_shared
 from sparsity.networks.families import file_word, short_name
+from sparsity.networks.fused import fused
 from sparsity.networks.inference import CompiledNetwork, inference_copy, refresh
 from sparsity.results.record import HISTORY_COLUMNS, write_confusion, write_history
 from sparsity.system import processes
@@ -58,6 +59,7 @@ def train(args: Namespace) -> None:
     tested = parts.average.module if parts.average else model  # the network that is evaluated and saved
     dtype, part = DTYPES[args.precision], (processes.rank(), processes.size())
     inference, sizes = inference_copy(tested, dtype), training_sizes(args)
+    network = fused(inference, test)
     announce(args, data["name"], model, len(training), len(test), len(history))
     share_batchnorm(model)
     begin, end = processes.share(args.batch_size, part)
@@ -77,7 +79,7 @@ def train(args: Namespace) -> None:
         parts.after_epoch()
         average_statistics(model, tested)
         refresh(inference, tested)
-        result = evaluate_shared(inference, test, default_batch_size(device))
+        result = evaluate_shared(network, test, default_batch_size(device))
         figures = (epoch, rate, loss, accuracy, result.loss, result.accuracy, time.perf_counter() - started, size)
         history.append(dict(zip(HISTORY_COLUMNS, figures, strict=True)))
         print_epoch(history[-1], args)
@@ -86,7 +88,7 @@ def train(args: Namespace) -> None:
             save_epoch(content, numbered.get(epoch), last, resume.training_progress(parts, history))
         args.resume = True  # from here on, an interruption can be continued
 
-    final = evaluate_shared(inference, test, default_batch_size(device))
+    final = evaluate_shared(network, test, default_batch_size(device))
     if processes.first():
         conclude(args, numbered[args.epochs], describe_network(args, tested, spec, data, history), history, final, test)
     processes.leave()

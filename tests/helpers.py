@@ -1,5 +1,6 @@
 """Functions that tests share: runs of the scripts, in this process, in one of their own, or by torchrun."""
 
+import copy
 import csv
 import os
 import signal
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sparsity.networks.layers import effective_weight
+from sparsity.data.images import Split, normalise
+from sparsity.networks.layers import effective_weight, prunable_layers
+from sparsity.prune.masks import prune_l1_uniform
 from sparsity.results.rows import COLUMNS, Row, accuracy_columns, comparison_columns
 from sparsity.results.statistics import halves
 
@@ -221,3 +224,16 @@ def stub_times(monkeypatch) -> list[tuple[Any, Any]]:
 
     monkeypatch.setattr("sparsity.sweep.timing.time_inference", answer)
     return timed
+
+
+def logits_of(network: torch.nn.Module, split: Split, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The logits [N, classes] of a network in `dtype` on a split, in float32."""
+    with torch.no_grad():
+        return network(normalise(split.images, split.mean, split.std, dtype)).float()
+
+
+def masked(model: torch.nn.Module, level: float) -> torch.nn.Module:
+    """A copy of a network of which `level` percent of each prunable layer is masked."""
+    model = copy.deepcopy(model)
+    prune_l1_uniform(prunable_layers(model, torch.zeros(1, 3, 8, 8)), level / 100)
+    return model

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from sparsity.data.images import Split, normalise
 from sparsity.networks.evaluation import default_batch_size
+from sparsity.networks.fused import fused
 from sparsity.networks.inference import choose_way, inference_copy
 from sparsity.networks.layers import BatchNorm, Layer, exclude, positions_per_image, prunable_layers, unprunable
 from sparsity.prune.coupling import couple
@@ -180,7 +181,7 @@ def time_line(args: argparse.Namespace, given: Inputs, inference: nn.Module, lay
     """About how long the sweep of these flags takes, evaluated in `inference`, and what the estimate assumes."""
     panel = work.choose_panel(args, layers, filter_layers(given.dense, layers, args.couple))
     test = given.test.to(torch.device(args.device))
-    rate = work.images_per_second(inference, test, args.batch_size)
+    rate = work.images_per_second(fused(inference, test), test, args.batch_size)
     calibrated = args.calibration_images or CALIBRATION_IMAGES
     costs = {name: cost / rate for name, cost in work.level_costs(len(test), calibrated, 0, 0).items()}
     seconds = costs["none"] + sum(costs[curve.recover] * len(levels) for curve, levels in panel.items())

@@ -12,6 +12,7 @@ from sparsity.data.images import Split
 from sparsity.networks.checkpoint import save, save_packed, save_safetensors
 from sparsity.networks.evaluation import Evaluation, evaluate
 from sparsity.networks.families import build_empty, load_network
+from sparsity.networks.fused import fused
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import Way, set_way, unmasked_state, way_of, with_versions
 from sparsity.networks.packed import entropy_bits, share, stored
@@ -166,7 +167,7 @@ class Exporter:
     def _predictions(self, network: nn.Module) -> Tensor:
         """The class that the network in a file predicts for each test image."""
         inference = inference_copy(network.to(self.test.images.device), self.dtype)
-        return evaluate(inference, self.test, self.batch_size).predictions
+        return evaluate(fused(inference, self.test), self.test, self.batch_size).predictions
 
     def _entry(self, path: Path, row: Row) -> dict[str, Any]:
         """The entry of a file in the JSON: its bytes, bits for each prunable weight, and the yardstick for them."""

@@ -63,13 +63,13 @@ class Extra(Protocol):
 class Evaluator:
     """Evaluates every network of a sweep on the same images, and adds its row.
 
-    `inference` is the copy that networks are evaluated in, `fast` a compiled one of the same weights, or None;
-    `positions` is as from `positions_per_image`, `layers` names the prunable layers.
+    `inference` is the copy that takes their weights, `network` runs these by dense kernels; `positions` is as from
+    `positions_per_image`, `layers` names the prunable layers.
     """
 
     sweep: Sweep
     inference: nn.Module
-    fast: nn.Module | None
+    network: nn.Module
     test: Split
     positions: dict[str, int]
     layers: tuple[str, ...]
@@ -77,11 +77,6 @@ class Evaluator:
     engine: str
     extras: tuple[Extra, ...]
     bar: tqdm
-
-    @property
-    def network(self) -> nn.Module:
-        """The network that runs the weights in `inference` by dense kernels."""
-        return self.fast or self.inference
 
     def begin(self, name: str, dense: nn.Module) -> None:
         """Take networks of the checkpoint `name` from now on."""

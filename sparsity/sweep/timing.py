@@ -19,6 +19,7 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessException, spawn
 
 from sparsity.data.images import CIFAR10_STATISTICS, Split, normalise
 from sparsity.networks.evaluation import Evaluation
+from sparsity.networks.fused import fused
 from sparsity.networks.inference import compiled, inference_copy, overwrite_in_place
 from sparsity.networks.semi_structured import semi_structured_layers, use_semi_structured
 from sparsity.networks.sparse import sparse_network
@@ -119,7 +120,9 @@ def _load(path: Path, noise: Split, engine: str, compiling: bool) -> list[nn.Mod
         use_semi_structured(inference)
     if engine == "sparse":
         return [sparse_network(inference, normalise(noise.images[:1], noise.mean, noise.std))] * len(BATCHES)
-    return [compiled(inference, noise, count) if compiling else inference for count in BATCHES]
+    if compiling:
+        return [compiled(inference, noise, count) for count in BATCHES]
+    return [fused(inference, noise)] * len(BATCHES)
 
 
 def _take_turns(networks: tuple[nn.Module, ...], images: Tensor) -> list[float]:

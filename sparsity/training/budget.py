@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsity.data.images import Split, batch_bounds, training_batches
 from sparsity.networks.evaluation import default_batch_size, evaluate_shared
+from sparsity.networks.fused import fused
 from sparsity.networks.inference import CompiledNetwork, inference_copy
 from sparsity.system import processes
 from sparsity.system.errors import UserError
@@ -36,7 +37,8 @@ def fit_epochs(args: Namespace, model: nn.Module, training: Split, test: Split, 
     not even one epoch fits.
     """
     begun = time.perf_counter()
-    evaluate_shared(inference_copy(model, DTYPES[args.precision]), test, default_batch_size(test.labels.device))
+    network = fused(inference_copy(model, DTYPES[args.precision]), test)
+    evaluate_shared(network, test, default_batch_size(test.labels.device))
     testing = time.perf_counter() - begun
     part = (processes.rank(), processes.size())
     steps = len(batch_bounds(len(training), args.batch_size, 2 * part[1]))

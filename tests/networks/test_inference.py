@@ -8,26 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import awaken
+from helpers import logits_of, masked
 from torch import nn
 
 import Build_Resnet
-from sparsity.data.images import normalise
 from sparsity.networks.evaluation import evaluate
 from sparsity.networks.inference import compiled, inference_copy, refresh
-from sparsity.networks.layers import prunable_layers
-from sparsity.prune.masks import prune_l1_uniform
 from sparsity.system.errors import UserError
-
-
-def logits_of(network, split, dtype=torch.float32):
-    with torch.no_grad():
-        return network(normalise(split.images, split.mean, split.std, dtype)).float()
-
-
-def masked(model, level):
-    model = copy.deepcopy(model)
-    prune_l1_uniform(prunable_layers(model, torch.zeros(1, 3, 8, 8)), level / 100)
-    return model
 
 
 @pytest.mark.parametrize("level", [0, 40, 90, 100])

@@ -1,0 +1,93 @@
+"""A faster graph of the same weights on a CPU: a convolution, what is added to it and its ReLU run as one kernel."""
+
+import copy
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from sparsity.data.images import Split, normalise
+
+SAMPLE = 8  # images on which the graphs are compared
+KERNELS = torch.ops.mkldnn  # oneDNN's, which torch.compile calls on a CPU
+
+
+@torch.inference_mode()
+def fused(inference: nn.Module, split: Split) -> nn.Module:
+    """An inference copy with convolution, addition and ReLU fused; `inference` itself where that is not possible.
+
+    The weights are those of `inference`, whose changes (`refresh`) are changes here. It is not possible for a copy that
+    is no graph or on a GPU, that has nothing to fuse, or whose fused graph fails or gives other logits on a few images
+    of `split`, as where the network overwrites what a convolution reads. In bfloat16 logits differ by rounding, which a
+    fused kernel does once, after the ReLU.
+    """
+    here = split.images.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if not here or not isinstance(inference, fx.GraphModule):
+        return inference
+    graph = copy.deepcopy(inference.graph)
+    if not sum([_fuse(node, graph, inference) for node in list(graph.nodes)]):
+        return inference
+    network = fx.GraphModule(inference, graph).eval()
+    dtype = next(inference.parameters()).dtype
+    images = normalise(split.images[:SAMPLE], split.mean, split.std, dtype)
+    expected = inference(images)
+    try:
+        found = network.forward(images)
+    except RuntimeError:  # this processor lacks a kernel, or shapes do not fit
+        return inference
+    apart = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+    return network if apart <= torch.finfo(dtype).eps ** 0.5 else inference  # not nan
+
+
+def _fuse(node: fx.Node, graph: fx.Graph, network: nn.Module) -> bool:
+    """Replace a ReLU and what it alone reads, a convolution or the sum of one and something else, in place."""
+    if not _is_relu(node, network):
+        return False
+    source = node.args[0]
+    if _is_convolution(source, network):
+        convolution, other = source, None
+    elif _is_sum(source) and any(_is_convolution(term, network) for term in source.args):
+        first, second = source.args
+        convolution, other = (second, first) if _is_convolution(second, network) else (first, second)
+    else:
+        return False
+    layer, images = network.get_submodule(convolution.target), convolution.args[0]
+    with graph.inserting_before(node):
+        weights = [graph.get_attr(f"{convolution.target}.{name}") for name in ("weight", "bias")]
+        geometry = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+        if other is None:
+            arguments = (images, *weights, *geometry, "relu", [], "")
+            kernel = graph.call_function(KERNELS._convolution_pointwise.default, arguments)
+        else:
+            arguments = (images, other, *weights, *geometry, "add", 1.0, "relu", [], "")
+            kernel = graph.call_function(KERNELS._convolution_pointwise.binary, arguments)
+    node.replace_all_uses_with(kernel)
+    for unused in dict.fromkeys((node, source, convolution)):
+        graph.erase_node(unused)
+    return True
+
+
+def _is_relu(node: fx.Node, network: nn.Module) -> bool:
+    if not node.args:  # it may be given by name
+        return False
+    if node.op == "call_module":
+        return type(network.get_submodule(node.target)) is nn.ReLU
+    return node.target in {"call_function": (F.relu, torch.relu), "call_method": ("relu", "relu_")}.get(node.op, ())
+
+
+def _is_convolution(node: object, network: nn.Module) -> bool:
+    """Whether a node is a two-dimensional convolution that nothing else reads and that a kernel can do."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1 or not node.args:
+        return False
+    layer = network.get_submodule(node.target)
+    usual = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return usual and layer.bias is not None
+
+
+def _is_sum(node: object) -> bool:
+    """Whether a node is the plain sum of two different tensors that nothing else reads."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or len(node.users) > 1 or node.kwargs:
+        return False
+    terms = {term for term in node.args if isinstance(term, fx.Node)}
+    return node.target in (operator.add, operator.iadd, torch.add) and len(terms) == len(node.args) == 2
