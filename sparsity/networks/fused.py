@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from sparsity.data.images import Split, normalise
 
-SAMPLE = 8  # images on which the graphs are compared
+SAMPLE = 8  # images on which outputs are compared: of fused and sparse kernels, of copies with their network
 KERNELS = torch.ops.mkldnn  # oneDNN's, which torch.compile calls on a CPU
 
 
@@ -19,21 +19,23 @@ def fused(inference: nn.Module, split: Split) -> nn.Module:
 
     The weights are those of `inference`, whose changes (`refresh`) are changes here. It is not possible for a copy that
     is no graph or on a GPU, that has nothing to fuse, or whose fused graph fails or gives other logits on a few images
-    of `split`, as where the network overwrites what a convolution reads. In bfloat16 logits differ by rounding, which a
-    fused kernel does once, after the ReLU.
+    of `split`. In bfloat16 logits differ by rounding, which a fused kernel does once, after the ReLU. Unlike a ReLU of
+    its own it may make 0 of nan.
     """
     here = split.images.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if not here or not isinstance(inference, fx.GraphModule):
         return inference
     graph = copy.deepcopy(inference.graph)
-    if not sum([_fuse(node, graph, inference) for node in list(graph.nodes)]):
+    if sum(_fuse(node, graph, inference) for node in list(graph.nodes)) == 0:
         return inference
     network = fx.GraphModule(inference, graph).eval()
     dtype = next(inference.parameters()).dtype
     images = normalise(split.images[:SAMPLE], split.mean, split.std, dtype)
     expected = inference(images)
     try:
-        found = network.forward(images)
+        found = network.forward(images)  # a graph that is called prints its errors
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # this processor lacks a kernel, or shapes do not fit
         return inference
     apart = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
@@ -41,16 +43,18 @@ def fused(inference: nn.Module, split: Split) -> nn.Module:
 
 
 def _fuse(node: fx.Node, graph: fx.Graph, network: nn.Module) -> bool:
-    """Replace a ReLU and what it alone reads, a convolution or the sum of one and something else, in place."""
-    if not _is_relu(node, network):
+    """Replace a ReLU and what it alone reads, a convolution or the sum of one and something else, in place.
+
+    Nothing runs between the two or three, which could overwrite what the kernel reads.
+    """
+    if not _is_relu(node, network) or node.prev is not node.args[0]:
         return False
-    source = node.args[0]
-    if _is_convolution(source, network):
-        convolution, other = source, None
-    elif _is_sum(source) and any(_is_convolution(term, network) for term in source.args):
-        first, second = source.args
-        convolution, other = (second, first) if _is_convolution(second, network) else (first, second)
-    else:
+    source, other = node.prev, None
+    convolution = source
+    if _is_sum(source, network) and source.prev in source.args:
+        convolution = source.prev
+        (other,) = (term for term in source.args if term is not convolution)
+    if not _is_convolution(convolution, network):
         return False
     layer, images = network.get_submodule(convolution.target), convolution.args[0]
     with graph.inserting_before(node):
@@ -82,12 +86,17 @@ def _is_convolution(node: object, network: nn.Module) -> bool:
         return False
     layer = network.get_submodule(node.target)
     usual = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return usual and layer.bias is not None
+    return usual and layer.bias is not None and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
-def _is_sum(node: object) -> bool:
-    """Whether a node is the plain sum of two different tensors that nothing else reads."""
-    if not isinstance(node, fx.Node) or node.op != "call_function" or len(node.users) > 1 or node.kwargs:
+def _is_sum(node: fx.Node, network: nn.Module) -> bool:
+    """Whether a node is the plain sum of two different tensors that nothing else reads.
+
+    One that overwrites its first term is none, unless that is the output of a convolution.
+    """
+    if node.op != "call_function" or len(node.users) > 1 or node.kwargs:
         return False
     terms = {term for term in node.args if isinstance(term, fx.Node)}
-    return node.target in (operator.add, operator.iadd, torch.add) and len(terms) == len(node.args) == 2
+    plus = node.target in (operator.add, torch.add)
+    plus = plus or (node.target is operator.iadd and _is_convolution(node.args[0], network))
+    return plus and len(terms) == len(node.args) == 2

@@ -13,12 +13,13 @@ from sparsity.networks.census import census
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import evaluate
 from sparsity.networks.families import argument_words, load_control, short_name
+from sparsity.networks.fused import SAMPLE, fused
 from sparsity.networks.inference import choose_way, inference_copy
 from sparsity.networks.layers import positions_per_image, prunable_layers
 from sparsity.results.rows import Row, read_rows, write_rows
 from sparsity.sweep.export import Exporter
 from sparsity.sweep.inputs import distinct_names
-from sparsity.sweep.level import SAMPLE, Evaluator, PrunedNetwork
+from sparsity.sweep.level import Evaluator, PrunedNetwork
 from sparsity.sweep.timing import Timer
 from sparsity.system.errors import UserError, one_line
 from sparsity.system.methods import Curve
@@ -96,7 +97,7 @@ def _evaluate(evaluator: Evaluator, control: PrunedNetwork) -> Row:
     layers, positions = prunable_layers(model, example), positions_per_image(model, example)
     choose_way(model, normalise(test.images[:SAMPLE].cpu(), test.mean, test.std))
     inference = inference_copy(model.to(test.images.device), next(evaluator.inference.parameters()).dtype)
-    result = evaluate(inference, test, evaluator.batch_size)
+    result = evaluate(fused(inference, test), test, evaluator.batch_size)
     main = next(iter(sweep.header["checkpoints"]))
     own = replace(evaluator, inference=inference, positions=positions, layers=tuple(layers))
     row, _ = own.row(replace(control, checkpoint=main), result)

@@ -12,7 +12,7 @@ from sparsity.data.images import Split
 from sparsity.networks.checkpoint import save, save_packed, save_safetensors
 from sparsity.networks.evaluation import Evaluation, evaluate
 from sparsity.networks.families import build_empty, load_network
-from sparsity.networks.fused import fused
+from sparsity.networks.fused import SAMPLE, fused
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import Way, set_way, unmasked_state, way_of, with_versions
 from sparsity.networks.packed import entropy_bits, share, stored
@@ -21,7 +21,7 @@ from sparsity.results.rows import Row
 from sparsity.results.statistics import halves
 from sparsity.results.store import Sweep
 from sparsity.sweep.flags import EXPORT_BITS, EXPORT_FORMATS, PROGRAMS
-from sparsity.sweep.level import SAMPLE, PrunedNetwork
+from sparsity.sweep.level import PrunedNetwork
 from sparsity.sweep.programs import make_program, predictions_of, write_program
 from sparsity.system.errors import UserError
 from sparsity.system.files import file_hash, prepare_folder

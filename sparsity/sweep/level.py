@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsity.data.images import Split, normalise
 from sparsity.networks.census import census
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import Evaluation, evaluate, evaluate_shared
+from sparsity.networks.fused import SAMPLE
 from sparsity.networks.inference import refresh
 from sparsity.networks.layers import way_of
 from sparsity.networks.sparse import SparseNetwork, sparse_network
@@ -21,7 +22,6 @@ from sparsity.system.errors import UserError
 from sparsity.system.flags import level_text
 from sparsity.system.methods import Curve
 
-SAMPLE = 8  # images on which outputs are compared: of sparse kernels with dense ones, of copies with their network
 UNTRACED_NOTE = "not traced, nothing folded"
 
 
@@ -85,8 +85,7 @@ class Evaluator:
 
     def add_dense(self, name: str, dense: nn.Module) -> None:
         """Evaluate an untouched checkpoint, all processes together; UserError when its outputs are not finite."""
-        refresh(self.inference, dense)
-        result = evaluate_shared(self.network, self.test, self.batch_size, self.bar.update)
+        result = evaluate_shared(self._refreshed(dense), self.test, self.batch_size, self.bar.update)
         if not torch.isfinite(torch.tensor(result.loss)):
             raise UserError(f"{name} gives outputs that are not finite; its weights are damaged")
         counts = census(dense, {}, self.positions)
@@ -100,8 +99,7 @@ class Evaluator:
 
     def add(self, pruned: PrunedNetwork) -> None:
         """Count and evaluate a pruned network, add its row, and print it."""
-        refresh(self.inference, pruned.model)
-        network = self._kernels(pruned.curve)
+        network = self._kernels(pruned.curve, self._refreshed(pruned.model))
         if network is self.network and _is_dense(pruned):
             result = self._dense_result(pruned.checkpoint)
         else:
@@ -126,13 +124,25 @@ class Evaluator:
         correct = int(self.sweep.dense_correct(checkpoint).sum())
         return Evaluation(predictions, correct, len(predictions), self.sweep.header["dense"][checkpoint]["loss"])
 
-    def _kernels(self, curve: Curve) -> nn.Module:
+    def _refreshed(self, model: nn.Module) -> nn.Module:
+        """What runs the weights of `model` by dense kernels: `network`, unless outputs are not finite.
+
+        Fused kernels might hide that.
+        """
+        refresh(self.inference, model)
+        with torch.inference_mode():
+            return self.network if self.inference(self._few()).isfinite().all() else self.inference
+
+    def _kernels(self, curve: Curve, dense: nn.Module) -> nn.Module:
         """The network that runs the weights in `inference`, by sparse kernels where these are asked for."""
         if self.engine == "sparse" and not curve.prunes_filters:  # without filters, a network is dense and smaller
-            dtype = next(self.inference.parameters()).dtype
-            few = normalise(self.test.images[:SAMPLE], self.test.mean, self.test.std, dtype)
-            return sparse_network(self.inference, few)
-        return self.network
+            return sparse_network(self.inference, self._few())
+        return dense
+
+    def _few(self) -> Tensor:
+        """A few test images, as the networks take them."""
+        dtype = next(self.inference.parameters()).dtype
+        return normalise(self.test.images[:SAMPLE], self.test.mean, self.test.std, dtype)
 
     def row(self, pruned: PrunedNetwork, result: Evaluation) -> tuple[Row, dict[str, int]]:
         """The row of a pruned network without its further measurements, and the zeros of each layer."""

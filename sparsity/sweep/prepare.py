@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from sparsity.data.images import normalise
+from sparsity.networks.fused import SAMPLE
 from sparsity.networks.inference import choose_way, inference_copy, precision_problem
 from sparsity.networks.layers import dense_parameters, require_plain_weights, unprunable
 from sparsity.prune.channel_graph import OUTPUTS
 from sparsity.prune.coupling import Coupling, couple
 from sparsity.prune.filters import inner_convs
 from sparsity.sweep.inputs import Inputs
-from sparsity.sweep.level import SAMPLE
 from sparsity.system.errors import UserError
 from sparsity.system.machine import DTYPES
 

@@ -28,7 +28,7 @@ from sparsity.results.store import Sweep
 from sparsity.sweep.export import thin_network
 from sparsity.sweep.level import PrunedNetwork
 from sparsity.system.errors import UserError, one_line
-from sparsity.system.machine import make_deterministic
+from sparsity.system.machine import keep_memory, make_deterministic
 
 BATCHES = (1, 128)  # images: of latency, of throughput
 RUNS = 20  # timed, of each batch size; medians count
@@ -100,6 +100,7 @@ def _measure(
     dtype = next(contestants[0][0].parameters()).dtype
     batches = [normalise(noise.images[:count], noise.mean, noise.std, dtype) for count in BATCHES]
     peak = _peak_memory(contestants[0][-1], batches[-1])
+    keep_memory()  # as in a sweep
     contestants += [_load(path, noise, "dense", compiling) for path in folder.glob("reference.pt")]
     latency, throughput = map(_take_turns, zip(*contestants, strict=True), batches)
     figures = {

@@ -151,8 +151,9 @@ def keep_memory() -> None:
     training step anew.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-            mallopt(parameter, 2**31 - 1)
+        # M_MMAP_THRESHOLD, then M_TRIM_THRESHOLD of malloc.h; an old glibc refuses the first, and keeps its own way.
+        if mallopt(-3, 2**31 - 1):
+            mallopt(-1, 2**31 - 1)
 
 
 def release_memory() -> None:

@@ -36,8 +36,8 @@ def fit_epochs(args: Namespace, model: nn.Module, training: Split, test: Split, 
     evaluation, tell the time of an epoch, which is printed. Every process sets the same number. Raises UserError where
     not even one epoch fits.
     """
-    begun = time.perf_counter()
     network = fused(inference_copy(model, DTYPES[args.precision]), test)
+    begun = time.perf_counter()
     evaluate_shared(network, test, default_batch_size(test.labels.device))
     testing = time.perf_counter() - begun
     part = (processes.rank(), processes.size())

@@ -47,6 +47,7 @@ from sparsity.data.images import CIFAR10_STATISTICS, Split, normalise
 from sparsity.figures import accuracy
 from sparsity.networks.evaluation import default_batch_size, evaluate, evaluate_shared
 from sparsity.networks.families import load_network
+from sparsity.networks.fused import fused
 from sparsity.networks.inference import compiled, inference_copy, refresh
 from sparsity.networks.layers import prunable_layers
 from sparsity.prune.masks import prune_l1_uniform
@@ -90,7 +91,7 @@ def make_contestants(
         for kind in chosen:
             inference = inference_copy(dense, DTYPES[kind])
             refresh(inference, masked)
-            network = compiled(inference, test, batch_size) if compiling else inference
+            network = compiled(inference, test, batch_size) if compiling else fused(inference, test)
             letter = "bcde"[2 * compiling + (kind == "bf16")]
             name = f"({letter}) ours, {kind}{', compiled' * compiling}"
             works[name] = lambda network=network: evaluate(network, test, batch_size).predictions

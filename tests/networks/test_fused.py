@@ -22,7 +22,7 @@ def kernels(network):
 
 
 @pytest.mark.parametrize(("arch", "expected"), [("resnet18", (9, 8)), ("resnet50", (33, 16))])
-def test_every_convolution_but_those_of_shortcuts_is_fused_and_follows_its_weights(small_split, arch, expected):
+def test_convolutions_before_a_relu_and_one_of_each_sum_are_fused_and_follow_their_weights(small_split, arch, expected):
     torch.manual_seed(0)
     model = awaken(getattr(Build_Resnet, arch)(width=8))
     inference = inference_copy(model)
@@ -33,7 +33,8 @@ def test_every_convolution_but_those_of_shortcuts_is_fused_and_follows_its_weigh
         torch.testing.assert_close(logits_of(network, small_split), logits_of(inference, small_split), **EXACT)
 
 
-def test_rounding_is_no_coarser_in_bfloat16(small_split):
+@pytest.mark.skipif(not KERNELS._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here")
+def test_bfloat16_rounds_about_as_much_as_without(small_split):
     torch.manual_seed(0)
     model = awaken(Build_Resnet.resnet18(width=8))
     expected, plain = logits_of(model, small_split), inference_copy(model, torch.bfloat16)
@@ -61,7 +62,6 @@ FUSED = {
     "a method": ((1, 0), lambda net, x: net.second(x).relu()),
     "a chain": ((2, 0), lambda net, x: torch.relu(net.second(F.relu(x)))),
     "added on the left": ((0, 1), lambda net, x: F.relu(x + net.second(x))),
-    "broadcast": ((0, 1), lambda net, x: F.relu(net.second(x) + x.mean((2, 3), keepdim=True))),
     "added on the right": ((0, 1), lambda net, x: F.relu(torch.add(net.second(x), x))),
 }
 PLAIN = {
@@ -71,6 +71,7 @@ PLAIN = {
     "a number": lambda net, x: F.relu(net.second(x) + 1),
     "scaled": lambda net, x: F.relu(torch.add(net.second(x), x, alpha=2)),
     "added to itself": lambda net, x: (lambda y: F.relu(y + y))(net.second(x)),
+    "something else in between": lambda net, x: F.relu(net.second(x) + x.mean((2, 3), keepdim=True)),
     "a convolution that is broadcast": lambda net, x: F.relu(x + net.second(x.mean((2, 3), keepdim=True))),
     "another activation": lambda net, x: F.silu(net.second(x)),
 }
@@ -92,20 +93,38 @@ def test_what_a_kernel_does_not_do_stays(small_split, name):
     assert fused(inference, small_split) is inference
 
 
-@pytest.mark.parametrize("settings", [{"padding_mode": "reflect"}])
-def test_convolutions_of_other_padding_stay(small_split, settings):
-    inference = inference_copy(Block(lambda net, x: F.relu(net.second(x)), **settings).eval())
+def test_convolutions_of_other_padding_stay(small_split):
+    inference = inference_copy(Block(lambda net, x: F.relu(net.second(x)), padding_mode="reflect").eval())
     assert fused(inference, small_split) is inference
 
 
-def test_a_network_that_overwrites_what_a_convolution_reads_stays(small_split):
+@pytest.mark.parametrize("settings", [{"groups": 4}, {"groups": 8}, {"dilation": 2}, {"stride": 2}, {"bias": False}])
+@pytest.mark.parametrize("images", [1, 32])
+def test_convolutions_of_every_geometry_are_fused(small_split, settings, images):
+    torch.manual_seed(0)
+    inference = inference_copy(Block(lambda net, x: F.relu(net.second(x)), **settings).eval())
+    network, few = fused(inference, small_split), small_split.take(torch.arange(images))
+    assert kernels(network) == (1, 0)
+    torch.testing.assert_close(logits_of(network, few), logits_of(inference, few), **EXACT)
+
+
+def test_a_convolution_that_is_called_twice_is_fused_once(small_split):
+    torch.manual_seed(0)
+    inference = inference_copy(Block(lambda net, x: F.relu(net.second(x)) + net.second(x + 1)).eval())
+    network = fused(inference, small_split)
+    assert kernels(network) == (1, 0)
+    inference.second.weight.mul_(2)
+    torch.testing.assert_close(logits_of(network, small_split), logits_of(inference, small_split), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_that_overwrites_what_a_convolution_reads_stays(small_split, dtype):
     def join(net, x):
         y = net.second(x)
-        x.mul_(2)  # a fused convolution would come after it
+        x.mul_(1.05)  # a fused convolution would come after it
         return F.relu(y) + x
 
-    torch.manual_seed(0)
-    inference = inference_copy(Block(join).eval())
+    inference = inference_copy(Block(join).eval(), dtype)
     assert fused(inference, small_split) is inference
 
 

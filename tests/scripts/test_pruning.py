@@ -155,6 +155,15 @@ def test_a_checkpoint_that_has_zeros_is_swept_like_any_other(tiny_checkpoint, tm
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_outputs_that_are_not_finite_are_told(tiny_checkpoint, tmp_path, capsys):
+    """Fused kernels may make 0 of nan, so that the outputs of the network would look sound."""
+    content = torch.load(tiny_checkpoint, weights_only=True)
+    content["net"]["bn1.running_var"] -= 1e3  # its root is nan
+    torch.save(content, tmp_path / "nan.pth")
+    assert sweep(tmp_path, "--checkpoint", tiny_checkpoint, tmp_path / "nan.pth", "--levels", "0") == 1
+    assert "outputs that are not finite" in capsys.readouterr().err
+
+
 def test_a_renamed_checkpoint_and_another_under_its_old_name(tiny_checkpoint, other_checkpoint, tmp_path):
     old, new = tmp_path / "net.pth", tmp_path / "net_old.pth"
     old.write_bytes(tiny_checkpoint.read_bytes())

@@ -1,6 +1,6 @@
 """Seeds, precision and compiling are chosen as promised."""
 
-import ctypes
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +65,7 @@ print(min(steps), faults_of_a_step())
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library gives memory back in its own way")
 def test_freed_memory_is_kept_until_it_is_released():
     root = str(Path(__file__).parents[2])
     steps = {}
@@ -73,5 +73,5 @@ def test_freed_memory_is_kept_until_it_is_released():
         command = [sys.executable, "-c", FAULTS.format(root=root, call=call)]
         steps[call] = [int(word) for word in subprocess.check_output(command, text=True).split()]
     (default, _), (kept, released) = steps.values()
-    assert kept < default / 10  # the pages of the step before are used again
-    assert released > 10 * kept
+    assert kept == 0 < default  # the pages of the step before are used again
+    assert released > 0
