@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.prune import is_pruned
 
 from sparsity.data.calibration import Calibration
+from sparsity.networks.fused import fused
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import twins
 from sparsity.recover.batchnorm import reestimate_batchnorm
@@ -47,7 +48,7 @@ class Means:
     @cached_property
     def teacher(self) -> nn.Module:
         """The dense network as an inference copy, for `distill`; made once for all levels."""
-        return inference_copy(self.dense, self.distillation.dtype)
+        return fused(inference_copy(self.dense, self.distillation.dtype), self.distillation.images)
 
 
 def _batchnorm(model: nn.Module, means: Means, seed: int) -> list[str]:
