@@ -43,18 +43,6 @@ class Entry:
     dense: str
 
 
-@dataclass(frozen=True)
-class Folding:
-    """The BatchNorm layers that are folded, of `all`, and how far the outputs then are from those of the network."""
-
-    folded: int
-    all: int
-    difference: float
-    largest: float
-    same_class: int
-    images: int
-
-
 def describe(args: argparse.Namespace) -> None:
     """Print the table of the layers of the first checkpoint, and what can be done with them."""
     processes.join()
@@ -132,7 +120,7 @@ def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator
     images = normalise(test.images[:COMPARED], test.mean, test.std, torch.float32)
     way = choose_way(model, images)
     yield f"traced by torch.fx: {'yes' if way.traced else f'no ({way.reason})'}"
-    yield _folding_line(folding(model, images))
+    yield _folding_line(model, images)
     names = [entry.name for entry in prunable]
     left = not_refitted(model, names, images[:1])
     refitted = f"refitted by reconstruction: {len(names) - len(left)} of {len(names)} prunable layers"
@@ -154,26 +142,17 @@ def _dense_rest(model: nn.Module) -> str:
 
 
 @torch.inference_mode()
-def folding(model: nn.Module, images: Tensor) -> Folding:
-    """Fold a network, in float32, and compare its outputs on images."""
+def _folding_line(model: nn.Module, images: Tensor) -> str:
+    """How many BatchNorm a float32 copy folds, and how far its outputs then are from those of the network."""
     copy = inference_copy(model)
     expected, found = model(images), copy(images)
-    every = sum(isinstance(module, BatchNorm) for module in model.modules())
-    return Folding(
-        folded=sum(name is not None for name in copy.folded.values()),
-        all=every,
-        difference=float((expected - found).abs().max()),
-        largest=float(expected.abs().max()),
-        same_class=int((expected.argmax(1) == found.argmax(1)).sum()),
-        images=len(images),
-    )
-
-
-def _folding_line(found: Folding) -> str:
-    same = "all" if found.same_class == found.images else f"{found.same_class}"
+    norms = sum(isinstance(module, BatchNorm) for module in model.modules())
+    folded = sum(name is not None for name in copy.folded.values())
+    apart, largest = float((expected - found).abs().max()), float(expected.abs().max())
+    same = int((expected.argmax(1) == found.argmax(1)).sum())
     return (
-        f"folded: {found.folded} of {found.all} BatchNorm; on {found.images} test images logits of up to "
-        f"{found.largest:.3g} differ by at most {found.difference:.2g}, {same} predictions are the same"
+        f"folded: {folded} of {norms} BatchNorm; on {len(images)} test images logits of up to {largest:.3g} differ by "
+        f"at most {apart:.2g}, {'all' if same == len(images) else same} predictions are the same"
     )
 
 
