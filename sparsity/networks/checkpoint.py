@@ -6,7 +6,7 @@ import io
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from sparsity.networks import packed, safetensors
 from sparsity.networks.layers import with_versions
-from sparsity.system.errors import UserError, one_line
+from sparsity.system.errors import UserError, few, one_line
 from sparsity.system.files import write_atomic
 
 PLACES = ("net", "state_dict", "model_state_dict", "model")  # entries that hold the state dict; it may also stand alone
 # Left by DataParallel, by torch.compile, and by classes that keep a network as `self.model`.
 WRAPPER = re.compile(r"^(module|_orig_mod|model)\.")
 READERS = {".npz": packed.unpack, ".safetensors": safetensors.unpack}
-SHOWN = 3  # names in a message
 IMAGES = {"dataset", "image_size", "mean", "std", "classes"}  # told of the images in the entry 'data'
 
 
@@ -178,16 +177,9 @@ def fit(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the network: {one_line(error)[:300]}") from error
     parts = {"it lacks": missing, "the network has no": extra}
-    if told := "; ".join(f"{words} {_first(names)}" for words, names in parts.items() if names):
-        raise UserError(f"{path} does not fit the network: {told}")
+    if told := [f"{words} {one_line(few([name[:80] for name in names]))}" for words, names in parts.items() if names]:
+        raise UserError(f"{path} does not fit the network: {'; '.join(told)}")
     return replace(checkpoint, net=state)
-
-
-def _first(names: Iterable[str]) -> str:
-    """The first few of some names, in words."""
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return one_line(", ".join(name[:80] for name in names[:SHOWN]) + more)
 
 
 def _shared_parameters(model: nn.Module) -> list[list[str]]:

@@ -21,6 +21,7 @@ from sparsity.prune.moments import (
     weight_rows,
 )
 from sparsity.recover.streams import batch_sizes, open_stream
+from sparsity.system.errors import by_reason
 from sparsity.system.machine import release_memory
 
 DAMPING = 0.01  # share of the mean diagonal of the second moment
@@ -111,7 +112,8 @@ def reconstruct(
             target.copy_(as_weight(rows, original.weight))
         release_memory()  # activations come and go by the gigabyte
     changed = any(not mask.all() for name, mask in model.named_buffers() if name.endswith("weight_mask"))
-    return _told(problems if changed else {}) + [f"{kept_rows} rows kept their masked weights"] * (kept_rows > 0)
+    told = [f"not refitted: {', '.join(names)} ({reason})" for reason, names in by_reason(problems).items() if changed]
+    return told + [f"{kept_rows} rows kept their masked weights"] * (kept_rows > 0)
 
 
 def not_refitted(model: nn.Module, layers: Sequence[str], example: Tensor) -> dict[str, str]:
@@ -127,13 +129,6 @@ def not_refitted(model: nn.Module, layers: Sequence[str], example: Tensor) -> di
         elif times[name] != 1:
             reasons[name] = f"runs {times[name]} times"
     return reasons
-
-
-def _told(problems: dict[str, str]) -> list[str]:
-    """The layers that are not refitted, a note a reason."""
-    reasons = dict.fromkeys(problems.values())
-    named = {reason: ", ".join(name for name, why in problems.items() if why == reason) for reason in reasons}
-    return [f"not refitted: {names} ({reason})" for reason, names in named.items()]
 
 
 def _moments(

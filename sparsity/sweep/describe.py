@@ -21,8 +21,9 @@ from sparsity.recover.reconstruction import not_refitted
 from sparsity.sweep import work
 from sparsity.sweep.flags import CALIBRATION_IMAGES
 from sparsity.sweep.inputs import Inputs, load_inputs
-from sparsity.sweep.prepare import by_reason, coupled_text, few, filter_layers, prepare_inference
+from sparsity.sweep.prepare import coupled_text, filter_layers, prepare_inference
 from sparsity.system import processes
+from sparsity.system.errors import by_reason, few
 from sparsity.system.machine import set_up_machine
 
 COMPARED = 32  # images that the folded network is compared on

@@ -13,10 +13,8 @@ from sparsity.prune.channel_graph import OUTPUTS
 from sparsity.prune.coupling import Coupling, couple
 from sparsity.prune.filters import inner_convs
 from sparsity.sweep.inputs import Inputs
-from sparsity.system.errors import UserError
+from sparsity.system.errors import UserError, by_reason, few
 from sparsity.system.machine import DTYPES
-
-SHOWN = 3  # names in one line
 
 
 def prepare_inference(args: argparse.Namespace, given: Inputs) -> nn.Module:
@@ -61,13 +59,3 @@ def coupled_text(coupling: Coupling) -> str:
     reasons = by_reason({name: reason for name, reason in coupling.kept.items() if reason != OUTPUTS})
     told = "".join(f"; channels of {few(names)} stay: {reason}" for reason, names in reasons.items())
     return f"{coupling.units:,} channels can be removed, in {len(coupling.groups)} groups{told}"
-
-
-def by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
-    """Reason -> the names that have it."""
-    return {reason: [name for name in reasons if reasons[name] == reason] for reason in dict.fromkeys(reasons.values())}
-
-
-def few(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)

@@ -10,6 +10,7 @@ from contextlib import redirect_stderr
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1  # as torchrun started them
 RANK = int(os.environ.get("RANK", "0"))
+SHOWN = 3  # names in one line
 
 
 class UserError(Exception):
@@ -102,6 +103,16 @@ def _explained(error: MemoryError | RuntimeError) -> str:
 def one_line(error: object) -> str:
     """The text of an error with all white space folded, so that it is one line."""
     return " ".join(str(error).split())
+
+
+def by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
+    """Reason -> the names that have it."""
+    return {reason: [name for name in reasons if reasons[name] == reason] for reason in dict.fromkeys(reasons.values())}
+
+
+def few(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
 
 
 def described(error: BaseException) -> str:
