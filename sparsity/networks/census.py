@@ -1,18 +1,11 @@
 """Counts over a network, masked or not: weights, zeros, multiply-adds."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsity.networks.layers import WEIGHTS, Layer, effective_weight
-
-
-def _count_nonzero(tensors: Iterable[Tensor]) -> list[int]:
-    """How many values of each tensor are not zero; a GPU is waited for once, not once a tensor."""
-    counts = [torch.count_nonzero(tensor) for tensor in tensors]
-    return torch.stack(counts).tolist() if counts else []
 
 
 @dataclass(frozen=True)
@@ -58,9 +51,8 @@ def census(model: nn.Module, layers: dict[str, Layer], positions: dict[str, int]
         for module_name, module in model.named_modules()
         for name, tensor in module.named_parameters(recurse=False)
     ]
-    counts = _count_nonzero(
-        effective_weight(module) if name in WEIGHTS else tensor for _, module, tensor, name in owned
-    )
+    values = (effective_weight(module) if name in WEIGHTS else tensor for _, module, tensor, name in owned)
+    counts = torch.stack([torch.count_nonzero(value) for value in values]).tolist()  # a GPU is waited for once
     seen: set[int] = set()
     by_layer: dict[str, int] = {}
     for (module_name, _, tensor, name), kept in zip(owned, counts, strict=True):
