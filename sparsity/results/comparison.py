@@ -3,8 +3,8 @@
 from collections import defaultdict
 from typing import Any, NamedTuple
 
-from sparsity.results.rows import column_mean, curve_name, six_digits
-from sparsity.results.statistics import Pairs, discordant, halves, holm_intervals, mcnemar_p, mean_change, on
+from sparsity.results.rows import column_mean, comparison_columns, curve_name
+from sparsity.results.statistics import Pairs, halves, holm_intervals, mean_change, on
 from sparsity.results.store import Sweep
 from sparsity.results.verdicts import curve_of, paired
 from sparsity.system.flags import level_text
@@ -80,8 +80,7 @@ def _entry(asked: Asked, pairs: Pairs, difference: tuple[float, float, float], d
     entry |= {"better": ("first" if difference[0] > 0 else "second") if differs else None}
     entry |= {"images": len(pairs[0][0]), "checkpoints": len(pairs)} | dict.fromkeys(("lost", "gained", "mcnemar_p"))
     if len(pairs) == 1:
-        lost, gained = discordant(*pairs[0])
-        entry |= {"lost": lost, "gained": gained, "mcnemar_p": six_digits(mcnemar_p(lost, gained))}
+        entry |= comparison_columns(*pairs[0])
     return entry
 
 

@@ -84,15 +84,11 @@ def accuracy_columns(correct: int, total: int) -> dict[str, float]:
     return {"accuracy": round(100 * correct / total, 6), "ci_low": round(100 * low, 6), "ci_high": round(100 * high, 6)}
 
 
-def comparison_columns(correct: np.ndarray, dense_correct: np.ndarray) -> dict[str, Any]:
-    """`lost`, `gained` and `mcnemar_p` of a row, from the images [N] that it and the dense network get right."""
-    lost, gained = discordant(correct, dense_correct)
-    return {"lost": lost, "gained": gained, "mcnemar_p": six_digits(mcnemar_p(lost, gained))}
-
-
-def six_digits(p: float) -> float:
-    """A p value with six significant digits: however small, it does not become 0 by rounding."""
-    return float(f"{p:.6g}")
+def comparison_columns(correct: np.ndarray, base_correct: np.ndarray) -> dict[str, Any]:
+    """`lost`, `gained` and `mcnemar_p` of a network against a base, from the images [N] that the two get right."""
+    lost, gained = discordant(correct, base_correct)
+    p = float(f"{mcnemar_p(lost, gained):.6g}")  # significant digits: however small, it does not become 0
+    return {"lost": lost, "gained": gained, "mcnemar_p": p}
 
 
 def points(value: float) -> str:

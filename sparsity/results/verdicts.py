@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsity.results.rows import MACS_UNIT, Row, curve_name, points, six_digits, unit
-from sparsity.results.statistics import Pairs, Verdict, discordant, halves, judge, mcnemar_p, mean_change, on
+from sparsity.results.rows import MACS_UNIT, Row, comparison_columns, curve_name, points, unit
+from sparsity.results.statistics import Pairs, Verdict, halves, judge, mean_change, on
 from sparsity.results.store import Sweep
 from sparsity.system.flags import level_text
 from sparsity.system.methods import Curve
@@ -58,8 +58,7 @@ def _report(verdict: Verdict, pairs: Pairs) -> dict[str, Any]:
         accuracies = (np.mean([pair[side].mean() for pair in pairs]) for side in (0, 1))
         entry |= dict(zip(FIGURES, map(_percent, (*accuracies, *verdict.difference)), strict=False))
     if len(pairs) == 1:
-        lost, gained = discordant(*pairs[0])
-        entry |= {"lost": lost, "gained": gained, "mcnemar_p": six_digits(mcnemar_p(lost, gained))}
+        entry |= comparison_columns(*pairs[0])
     return entry
 
 
