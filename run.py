@@ -25,9 +25,9 @@ from sparsity.networks.evaluation import Evaluation, default_batch_size, evaluat
 from sparsity.networks.families import file_word, short_name
 from sparsity.networks.fused import fused
 from sparsity.networks.inference import CompiledNetwork, inference_copy, refresh
-from sparsity.results.record import HISTORY_COLUMNS, write_confusion, write_history
+from sparsity.results.record import HISTORY_COLUMNS, write_confusion
 from sparsity.system import processes
-from sparsity.system.files import file_hash, prepare_folder, write_json
+from sparsity.system.files import file_hash, prepare_folder, write_csv, write_json
 from sparsity.system.flags import counted
 from sparsity.system.machine import DTYPES, derived_seed, describe_machine, set_up_machine, versions
 from sparsity.training import resume
@@ -186,7 +186,7 @@ def conclude(
     checkpoint.save(network, content)  # a run that is resumed at its last epoch may not have saved it
     data, stem = content["data"], network.name.split("_ckpt_epoch")[0]
     curve, confusion = (args.images_dir / f"{stem}_{name}.csv" for name in ("training", "confusion"))
-    write_history(curve, history)
+    write_csv(curve, HISTORY_COLUMNS, history)
     write_confusion(confusion, data["classes"], test.labels.cpu().numpy(), final.predictions.numpy())
     facts = {
         "command": args.command,

@@ -1,19 +1,14 @@
 """CSV files of a training: its curve over epochs and its confusion matrix."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sparsity.system.files import write_csv
 
+# Of a training, a row an epoch; accuracies are in percent, `loss` is that of training.
 HISTORY_COLUMNS = ("epoch", "learning_rate", "loss", "training_accuracy", "test_loss", "test_accuracy", "seconds")
 HISTORY_COLUMNS += ("image_size",)  # side in pixels of the training images
-
-
-def write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write a training's rows of HISTORY_COLUMNS, one an epoch; accuracies in percent, `loss` that of training."""
-    write_csv(path, HISTORY_COLUMNS, history)
 
 
 def write_confusion(path: Path, classes: list[str], labels: np.ndarray, predictions: np.ndarray) -> None:

@@ -9,9 +9,10 @@ import pytest
 from helpers import LABELS, ink, line_points, made_row, made_sweep
 
 from sparsity.figures import accuracy, heatmaps, savings, training
-from sparsity.results.record import HISTORY_COLUMNS, write_confusion, write_history
+from sparsity.results.record import HISTORY_COLUMNS, write_confusion
 from sparsity.results.rows import write_rows
 from sparsity.system.errors import UserError
+from sparsity.system.files import write_csv
 
 CHOICE = {"criterion": "l1", "allocation": "uniform", "recover": "none", "level": 40.0, "tolerance": 1.0}
 WIDE = {"stem": 200, "down": 800}
@@ -216,7 +217,7 @@ def test_any_number_of_classes_and_a_training_of_one_epoch(files, tmp_path, clas
     write_confusion(table, names, sweep.labels, np.zeros(40, dtype=np.int64))
     training.plot_confusion(table, picture, "title")
     assert min(ink(picture)[:2]) >= 800
-    write_history(table, [dict.fromkeys(HISTORY_COLUMNS, 30) | {"epoch": 1}])
+    write_csv(table, HISTORY_COLUMNS, [dict.fromkeys(HISTORY_COLUMNS, 30) | {"epoch": 1}])
     training.plot_training(table, picture, "title")
     assert ink(picture)[2] > 0.02
 
