@@ -27,7 +27,6 @@ PROGRAMS = {"program": ".pt2", "onnx": ".onnx"}  # exported files that run witho
 EXPORT_FORMATS = {"packed": ".npz", "dense": ".pth", "safetensors": ".safetensors"} | PROGRAMS
 EXPORT_BITS = {"fp32": 32, "bf16": 16}  # precision of exported values -> bits of one
 PREDICTION = {"predict", "arch", "arch_args", "dataset", "mean", "std", "image_size", "threads"}  # flags with --predict
-ENGINES = ("dense", "sparse")
 NORMALISATIONS = {  # name -> of --mean and --std
     "imagenet": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
     "half": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
@@ -36,7 +35,6 @@ CALIBRATION_IMAGES = 2048
 TRAINING = ("distill", "finetune")  # recoveries with flags of their own: --distill_epochs and so on
 SENSITIVITY_LEVELS = [50.0, 80.0, 90.0, 95.0]
 SENSITIVITY_IMAGES = 1000
-BUDGETS = ("weights", "macs")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,7 +86,7 @@ def _add_pruning_flags(add: Callable[..., Any]) -> None:
     text = "score by which weights (filter_...: whole filters) are removed, lowest first"
     add("--criterion", **_several((*CRITERIA, *FILTER_CRITERIA), "l1", text))
     text = "share of weights, or of multiply-adds, that a level removes (%(default)s)"
-    add("--budget", choices=BUDGETS, default=BUDGETS[0], help=text)
+    add("--budget", choices=("weights", "macs"), default="weights", help=text)
     text = "no levels given: bisect for the highest one within --tolerance, to 0.5 %%, in 8 evaluations a curve (off)"
     add("--search", action="store_true", help=text)
     text = "how a level is dealt to the layers, or the N best of every M inputs"
@@ -119,13 +117,8 @@ def _add_recovery_flags(add: Callable[..., Any]) -> None:
     add("--distill_epochs", type=integer(1, 10_000), default=1, metavar="N", help=text)
     text = "of the first step of distillation, from which it falls to 0 (%(default)s)"
     add("--distill_learning_rate", type=number(0, 1e30, above=True), default=0.05, metavar="RATE", help=text)
-    add(
-        "--finetune_epochs",
-        type=integer(1, 10_000),
-        default=1,
-        metavar="N",
-        help="epochs of fine-tuning at each level (%(default)s)",
-    )
+    text = "epochs of fine-tuning at each level (%(default)s)"
+    add("--finetune_epochs", type=integer(1, 10_000), default=1, metavar="N", help=text)
     text = "a number, or rewind: the rates of the last epochs of training (%(default)s)"
     add("--finetune_learning_rate", type=rate_type, default=0.001, metavar="RATE", help=text)
 
@@ -143,7 +136,7 @@ def _add_evaluation_flags(add: Callable[..., Any]) -> None:
     text = "points of accuracy that the chosen level may lose (%(default)s)"
     add("--tolerance", type=number(0, 100), default=1.0, metavar="POINTS", help=text)
     text = "dense kernels, or kernels that skip zeros (%(default)s)"
-    add("--engine", choices=ENGINES, default="dense", help=text)
+    add("--engine", choices=("dense", "sparse"), default="dense", help=text)
     text = "time every network against dense: latency, throughput, memory (off)"
     add("--measure", action="store_true", help=text)
     text = "smaller dense networks to compare with (none)"
