@@ -54,7 +54,9 @@ class Pruner:
 
     def continued(self, model: nn.Module) -> "Pruner":
         """The pruner of the next level of an iterative curve: its network is a plain copy of `model`, masked or not."""
-        return replace(self, network=baked(model, self.network), nested=True)
+        network = copy.deepcopy(self.network)
+        network.load_state_dict(unmasked_state(model))
+        return replace(self, network=network.eval(), nested=True)
 
     def prune(self, curve: Curve, level: float) -> tuple[nn.Module, list[str]]:
         """A copy of the network masked at `level` percent, and notes for the user.
@@ -70,7 +72,8 @@ class Pruner:
         on_cpu = next(self.network.parameters()).device.type == "cpu"
         if curve.pattern:
             masks = group_masks(layers, self._scores_by(curve.criterion), *curve.pattern)
-            told = _dense_notes([name for name in layers if name not in masks], curve.pattern[1])
+            left, size = [name for name in layers if name not in masks], curve.pattern[1]
+            told = [f"dense, because their inputs are no multiple of {size}: {', '.join(left)}"] * bool(left)
             layers = {name: layers[name] for name in masks}
         else:
             allocator, sparsity = self._allocate(curve), level / 100
@@ -164,22 +167,11 @@ class Pruner:
         return scores
 
 
-def baked(model: nn.Module, dense: nn.Module) -> nn.Module:
-    """A plain network with the effective weights of the masked `model`; `dense`, of its structure, stays as it is."""
-    plain = copy.deepcopy(dense)
-    plain.load_state_dict(unmasked_state(model))
-    return plain.eval()
-
-
 def _scope(curve: Curve, names: list[str]) -> tuple[list[str], str]:
     """The layers that a curve prunes, of `names`, and the allocation among them."""
     if curve.allocation.startswith(ONE_LAYER):
         return [curve.allocation.removeprefix(ONE_LAYER)], "uniform"
     return names, curve.allocation
-
-
-def _dense_notes(names: list[str], size: int) -> list[str]:
-    return [f"dense, because their inputs are no multiple of {size}: {', '.join(names)}"] * bool(names)
 
 
 def _swap_notes(swapped: int, unit: str) -> list[str]:
