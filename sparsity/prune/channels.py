@@ -76,16 +76,11 @@ def filter_activation(model: nn.Module, coupling: Coupling, calibration: Calibra
 FILTER_CRITERIA = {"filter_l1": filter_l1, "filter_activation": filter_activation}
 
 
-def l1_norms(layer: Layer) -> Tensor:
-    """L1 norm of each filter (Li et al., arXiv 1608.08710): [filters]."""
-    return layer.weight.abs().flatten(1).sum(dim=1)
-
-
 @torch.no_grad()
 def inner_scores(name: str, model: nn.Module, inner: list[str], calibration: Calibration | None) -> Scores:
     """The scores by criterion `name` of the filters of inner convolutions, whose channels nothing else shares."""
-    if name == "filter_l1":  # as they are, so that `global` compares the norms themselves
-        return {conv: l1_norms(model.get_submodule(conv)) for conv in inner}
+    if name == "filter_l1":  # L1 norms (Li et al., arXiv 1608.08710) as they are, so that `global` compares them
+        return {conv: model.get_submodule(conv).weight.abs().flatten(1).sum(dim=1) for conv in inner}
     coupling = couple(model)
     scores = FILTER_CRITERIA[name](model, coupling, calibration)
     return {conv: scores[coupling.outputs[conv]] for conv in inner}

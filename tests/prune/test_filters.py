@@ -14,7 +14,6 @@ from sparsity.networks.families import build_empty
 from sparsity.networks.layers import prunable_layers, unmasked_state
 from sparsity.networks.narrow import narrow
 from sparsity.prune.allocation import Allocator
-from sparsity.prune.channels import l1_norms
 from sparsity.prune.filters import Branch, branches, inner_convs, mask_filters
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner
@@ -39,7 +38,7 @@ def pruned(model, level, allocation="uniform"):
     """A copy without `level` percent of its inner filters, which of them were to stay, and how many more went."""
     model = copy.deepcopy(model)
     convs = {name: model.get_submodule(name) for name in inner_convs(model)}
-    scores = {name: l1_norms(conv) for name, conv in convs.items()}
+    scores = {name: conv.weight.abs().flatten(1).sum(dim=1) for name, conv in convs.items()}
     keep, _ = Allocator(allocation, scores).masks(level / 100)
     return model, keep, mask_filters(model, keep)
 
