@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sparsity.networks.user_file import folder_of, is_file, place
+from sparsity.networks.user_file import is_file, place
 from sparsity.system import processes
 from sparsity.system.errors import UserError, described, one_line
 
@@ -136,6 +136,6 @@ def _run(model: nn.Module, arch: str, images: Tensor) -> Any:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        where = place(error, folder_of(arch)) if is_file(arch) else ""
+        where = place(error, arch) if is_file(arch) else ""
         problem = f"{where}{described(error)}"
         raise UserError(f"{arch} cannot take images of {images.shape[-1]} pixels ({problem})") from error

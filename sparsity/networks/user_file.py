@@ -55,17 +55,13 @@ def file_sha256(arch: str) -> str:
     return hashlib.sha256(_read(arch)[1]).hexdigest()
 
 
-def place(error: BaseException, folder: Path) -> str:
-    """'file, line N: ' of the innermost line in a file of `folder` that an error came through, or ''."""
+def place(error: BaseException, arch: str) -> str:
+    """'file, line N: ' of the innermost line that an error came through in the folder of the file of `arch`, or ''."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}: "
+    folder = Path(arch.rpartition(":")[0]).resolve().parent
     lines = [each for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).parent == folder]
     return f"{lines[-1].filename}, line {lines[-1].lineno}: " if lines else ""
-
-
-def folder_of(arch: str) -> Path:
-    """The folder of the file that `arch` names."""
-    return Path(arch.rpartition(":")[0]).resolve().parent
 
 
 def _read(arch: str) -> tuple[Path, bytes]:
@@ -96,7 +92,7 @@ def _running(arch: str, folder: Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"--arch {arch}: {place(error, folder)}{described(error)}") from error
+        raise UserError(f"--arch {arch}: {place(error, arch)}{described(error)}") from error
     finally:
         with suppress(ValueError):  # the file may have changed the list
             sys.path.remove(str(folder))
