@@ -83,14 +83,9 @@ def draw_calibration(
 
 
 def augmented_batches(
-    split: Split,
-    augmentation: Augmentation,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    dtype: torch.dtype = torch.float32,
+    split: Split, augmentation: Augmentation, batch_size: int, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one epoch over `split`, augmented anew: normalised images [B, C, H, W] in `dtype`, labels [B].
+    """The batches of one epoch over `split`, augmented anew: normalised images [B, C, H, W] in float32, labels [B].
 
     Order, crops and flips come from (seed, epoch) alone.
     """
@@ -98,4 +93,4 @@ def augmented_batches(
     order = torch.randperm(len(split), generator=draw).to(split.labels.device)
     for start, end in batch_bounds(len(split), batch_size):
         chosen = split.take(order[start:end])
-        yield normalise(augmentation(chosen.images, draw), split.mean, split.std, dtype), chosen.labels
+        yield normalise(augmentation(chosen.images, draw), split.mean, split.std), chosen.labels

@@ -96,10 +96,10 @@ def _choose(boxes: list[np.ndarray], costs: list[np.ndarray], order: Sequence[in
     return total, chosen
 
 
-def point_out(axes: Axes, point: np.ndarray, words: str, fontsize: float = 9) -> None:
+def point_out(axes: Axes, point: np.ndarray, words: str) -> None:
     """Write words where they cover least, near a point in data coordinates, with a line that leads to it."""
     place, target = Place(axes), axes.transData.transform(point)
-    text = place.write(words, "black", fontsize)
+    text = place.write(words, "black", 9)
     size = text.get_window_extent().size
     grid = [np.linspace(place.frame[i], max(place.frame[i], place.frame[i + 2] - size[i]), 40) for i in (0, 1)]
     corners = np.stack(np.meshgrid(*grid), axis=-1).reshape(-1, 2)

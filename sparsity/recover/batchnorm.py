@@ -10,6 +10,7 @@ from sparsity.networks.inference import refresh
 from sparsity.networks.layers import BatchNorm
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # name of a BatchNorm -> mean and variance of each of its channels
+EPS = 1e-5  # BatchNorm's by default, added to a variance
 
 
 @torch.no_grad()
@@ -73,15 +74,15 @@ def augmentation_distances(network: nn.Module, calibrations: Iterable[Calibratio
     }
 
 
-def statistics_distance(one: Statistics, other: Statistics, eps: float = 1e-5) -> float:
+def statistics_distance(one: Statistics, other: Statistics) -> float:
     """How far statistics of the same layers are apart: 0 if they are equal, and the same in both directions.
 
     The mean over all layers of the mean over their channels of KL(p, q) + KL(q, p), p and q normal distributions of
-    these means and variances, with BatchNorm's `eps` added to the variances.
+    these means and variances, with EPS added to the variances.
     """
     distances = []
     for name, (mean, variance) in one.items():
-        first, second = variance + eps, other[name][1] + eps
+        first, second = variance + EPS, other[name][1] + EPS
         ratio, square = first / second, (mean - other[name][0]).square()
         distances.append(((ratio + 1 / ratio + square / first + square / second) / 2 - 1).mean())
     return float(torch.stack(distances).mean())

@@ -88,17 +88,17 @@ def paired_difference(pairs: Pairs, confidence: float = CONFIDENCE) -> Estimate:
     return Estimate(value, max(-1.0, middle - half), min(1.0, middle + half))
 
 
-def holm_intervals(comparisons: list[Pairs], level: float = CONFIDENCE) -> list[tuple[Estimate, bool]]:
+def holm_intervals(comparisons: list[Pairs]) -> list[tuple[Estimate, bool]]:
     """The paired difference of each comparison, and whether it differs from 0 by Holm's procedure over all of them.
 
     The procedure (S. Holm, Scand. J. Stat. 6, 1979) says of no two equally accurate networks that they differ, with
-    probability `level`. With k comparisons undecided, each interval is taken at 1 - (1 - level) / k; those without 0
-    are decided, and the rest is taken again. An interval is that of the step that decides it, or of the last one: it is
-    without 0 exactly where the two differ.
+    probability CONFIDENCE. With k comparisons undecided, each interval is taken at 1 - (1 - CONFIDENCE) / k; those
+    without 0 are decided, and the rest is taken again. An interval is that of the step that decides it, or of the last
+    one: it is without 0 exactly where the two differ.
     """
     found: dict[int, tuple[Estimate, bool]] = {}
     while open_ := [index for index in range(len(comparisons)) if index not in found]:
-        confidence = simultaneous(len(open_), level)
+        confidence = simultaneous(len(open_))
         estimates = {index: paired_difference(comparisons[index], confidence) for index in open_}
         decided = {
             index for index, estimate in estimates.items() if printed(estimate.low) > 0 or printed(estimate.high) < 0
@@ -107,9 +107,9 @@ def holm_intervals(comparisons: list[Pairs], level: float = CONFIDENCE) -> list[
     return [found[index] for index in range(len(comparisons))]
 
 
-def simultaneous(count: int, level: float = CONFIDENCE) -> float:
-    """The confidence at which `count` intervals hold together with probability `level` or more (Bonferroni)."""
-    return 1 - (1 - level) / max(1, count)
+def simultaneous(count: int) -> float:
+    """The confidence at which `count` intervals hold together with probability CONFIDENCE or more (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(1, count)
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:

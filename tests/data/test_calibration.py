@@ -51,5 +51,3 @@ def test_an_epoch_shows_every_image_once_and_each_epoch_augments_anew(small_spli
     assert torch.equal(order.sort().values, torch.arange(50)) and not torch.equal(order, another)
     assert torch.equal(first, again)
     assert torch.equal(first, plain) == torch.equal(first, second) == (augmentation.shift == 0)
-    low, _ = next(augmented_batches(split, augmentation, 8, 3, 1, torch.bfloat16))
-    assert low.dtype == torch.bfloat16
