@@ -136,7 +136,7 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool, written: set[tup
         print(summary.sensitivity_table(sweep))
     else:
         entries = verdicts.summarise_all(sweep, tolerance)
-        comparisons = comparison.compare_curves(sweep, entries)
+        comparisons = comparison.compare_points(sweep, comparison.asked_pairs(sweep, entries))
         sweep.record("summary", entries)
         sweep.record("comparisons", comparisons)
         summary.write_markdown(sweep)

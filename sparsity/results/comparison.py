@@ -45,17 +45,12 @@ def measured_points(sweep: Sweep) -> dict[Curve, list[Point]]:
     }
 
 
-def compare_curves(sweep: Sweep, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The comparisons that `asked_pairs` asks for, as entries of the JSON; `entries` are those of `summarise_all`."""
-    return compare_points(sweep, asked_pairs(sweep, entries))
-
-
 def compare_points(sweep: Sweep, asked: list[Asked]) -> list[dict[str, Any]]:
     """Accuracy of the first level of each pair minus that of the second, on the half of the images for reporting.
 
-    Figures in percent and points. Intervals and verdicts are those of `holm_intervals` over all pairs; `better` is
-    `first`, `second` or None, where no difference is shown. With one checkpoint `lost` and `gained` count the images
-    that only the second and only the first network get right; `mcnemar_p` is exact, and not corrected.
+    Entries of the JSON, in percent and points. Intervals and verdicts are those of `holm_intervals` over all pairs;
+    `better` is `first`, `second` or None, where no difference is shown. With one checkpoint `lost` and `gained` count
+    the images that only the second and only the first network get right; `mcnemar_p` is exact, and not corrected.
     """
     reporting, curves = halves(sweep.labels)[1], sweep.curves()
     pairs: list[Pairs] = []
@@ -96,7 +91,7 @@ def asked_pairs(sweep: Sweep, entries: list[dict[str, Any]]) -> list[Asked]:
     and its accuracy there, is read off the half of the images for choosing. Levels are measured ones; of those that the
     two have in common, by SAME_WEIGHTS or SAME_MACS, the highest up to the chosen level of the first, or else the
     lowest. Allocations are compared on both axes. Pairs without such levels are left out, as are levels at which both
-    have no prunable weight left, where there is nothing to compare.
+    have no prunable weight left, where there is nothing to compare. `entries` are those of `summarise_all`.
     """
     points, asked = measured_points(sweep), []
     chosen = {curve_of(entry): entry["level"] or 0.0 for entry in entries}

@@ -4,14 +4,7 @@ import pytest
 from helpers import add_lost, bare_sweep
 
 from sparsity.results import comparison
-from sparsity.results.comparison import (
-    Asked,
-    allocation_sentence,
-    asked_pairs,
-    compare_curves,
-    compare_points,
-    furthest,
-)
+from sparsity.results.comparison import Asked, allocation_sentence, asked_pairs, compare_points, furthest
 from sparsity.results.statistics import mcnemar_p
 from sparsity.results.verdicts import summarise_all
 from sparsity.system.methods import Curve
@@ -84,7 +77,7 @@ def test_levels_are_the_same_within_the_stated_margins_alone(files):
 
 def test_figures_are_those_of_the_reporting_half_by_holm_over_all_pairs(files):
     sweep = made(files)
-    entries = compare_curves(sweep, summarise_all(sweep, 10))
+    entries = compare_points(sweep, asked_pairs(sweep, summarise_all(sweep, 10)))
     assert [entry["better"] for entry in entries] == [None, "first", None, "first"]
     weights, macs = entries[1:3]
     sides = {"first": (LAMP, 90.0, 100 / 4.8), "second": (UNIFORM, 10.0, 5.0)}
@@ -107,7 +100,7 @@ def test_figures_are_those_of_the_reporting_half_by_holm_over_all_pairs(files):
 
 def test_the_words_give_both_shares_and_never_say_that_nothing_differs(files):
     sweep = made(files)
-    entries = compare_curves(sweep, summarise_all(sweep, 10))
+    entries = compare_points(sweep, asked_pairs(sweep, summarise_all(sweep, 10)))
     low, high = entries[2]["difference_low"], entries[2]["difference_high"]
     assert entries[2]["sentence"] == (
         "l1 uniform + reconstruction at 80 % against l1 lamp + reconstruction at 95 %, the same multiply-adds "
@@ -130,7 +123,7 @@ def test_the_words_give_both_shares_and_never_say_that_nothing_differs(files):
 def test_several_checkpoints_are_compared_by_their_mean_and_only_with_the_same_ones(files):
     names = ("one.pth", "two.pth")
     sweep = made(files, checkpoints=names)
-    entries = compare_curves(sweep, summarise_all(sweep, 10))
+    entries = compare_points(sweep, asked_pairs(sweep, summarise_all(sweep, 10)))
     assert [entry["lost"] for entry in entries] == [None] * 4
     assert all(", over 2 checkpoints)" in entry["sentence"] for entry in entries)
     add_lost(sweep, 95.0, 0, Curve("l1", "erk", "reconstruction"), sparsity=95.0, macs_ratio=4.8)
