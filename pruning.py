@@ -37,7 +37,7 @@ from sparsity.sweep.prepare import prepare_inference
 from sparsity.sweep.search import search_levels
 from sparsity.system import processes
 from sparsity.system.errors import command_line, run_main
-from sparsity.system.files import lock, prepare_folder
+from sparsity.system.files import lock, prepare_folder, write_atomic
 from sparsity.system.flags import counted
 from sparsity.system.machine import derived_seed, release_memory, set_up_machine
 from sparsity.system.methods import Curve, Panel
@@ -139,7 +139,7 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool, written: set[tup
         comparisons = comparison.compare_points(sweep, comparison.asked_pairs(sweep, entries))
         sweep.record("summary", entries)
         sweep.record("comparisons", comparisons)
-        summary.write_markdown(sweep)
+        write_atomic(sweep.files.with_suffix(".md"), summary.markdown_table(sweep))
         accuracy.plot_all(sweep.files)
         print(summary.summary_table(sweep))
         sentences = [entry["sentence"] for entry in [*entries, *comparisons]]

@@ -8,7 +8,6 @@ from sparsity.results.rows import Row, column_mean, curve_name
 from sparsity.results.statistics import mean_and_deviation, mean_interval
 from sparsity.results.store import Sweep, dense_accuracy
 from sparsity.results.verdicts import curve_of, rule_text, scope_text, verdict_text
-from sparsity.system.files import write_atomic
 from sparsity.system.flags import level_text
 from sparsity.system.methods import ONE_LAYER
 
@@ -62,11 +61,6 @@ def sensitivity_table(sweep: Sweep, most: int = 10) -> str:
     lines = [f"the layers that suffer most (of {len(costs)})  pruned %  change in points"]
     lines += [f"{name:<40} {level_text(level):>8}  {change:>+16.2f}" for change, name, level in sorted(costs)[:most]]
     return "\n".join(lines)
-
-
-def write_markdown(sweep: Sweep) -> None:
-    """Write `markdown_table` to the sweep's .md, atomically."""
-    write_atomic(sweep.files.with_suffix(".md"), markdown_table(sweep))
 
 
 def markdown_table(sweep: Sweep) -> str:

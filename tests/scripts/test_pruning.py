@@ -65,6 +65,7 @@ def test_the_settings_tell_how_to_make_it_again(swept, tiny_checkpoint):
     assert "within 1 point of dense" in summary["sentence"] or "no measured level" in summary["sentence"]
     assert tiny_checkpoint.name in header["title"]
     assert Image.open(swept.png).size[0] >= 800
+    assert "\n| l1 uniform | " in swept.with_suffix(".md").read_text()
     assert not list(swept.csv.parent.glob("*part*"))
 
 
