@@ -22,7 +22,6 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut: [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
 
     expansion = 1
-    inner_names = ("conv1",)
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
@@ -42,7 +41,6 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 (strided), 1x1 convolutions around a shortcut; the output has 4 x `channels` channels."""
 
     expansion = 4
-    inner_names = ("conv1", "conv2")
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
@@ -112,17 +110,6 @@ def build(spec: dict) -> ResNet:
     return ResNet(*ARCHITECTURES[arch], num_classes, width)
 
 
-def inner_widths(arch: str, width: int) -> dict[str, int]:
-    """Name -> filters of every inner convolution of an architecture as it is, in their order."""
-    block, num_blocks = ARCHITECTURES[arch]
-    return {
-        f"layer{stage + 1}.{index}.{name}": width * 2**stage
-        for stage, blocks in enumerate(num_blocks)
-        for index in range(blocks)
-        for name in block.inner_names
-    }
-
-
 def zero_last_norms(model: ResNet) -> None:
     """Set the weights of the last BatchNorm of each residual branch to 0, in place (arXiv 1706.02677, section 5.1).
 
@@ -130,14 +117,13 @@ def zero_last_norms(model: ResNet) -> None:
     """
     for block in model.modules():
         if isinstance(block, BasicBlock | Bottleneck):
-            nn.init.zeros_(getattr(block, f"bn{len(block.inner_names) + 1}").weight)
+            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
 
 
 def spec_of(state: dict[str, Tensor]) -> dict:
     """Read the description that `build` takes off the names and shapes of a state dict that carries no metadata.
 
-    Where inner convolutions of blocks have fewer filters than the architecture says, 'widths' maps them to their
-    number. Raises ValueError when the tensors are not those of a network of this file.
+    Raises ValueError when the tensors are not those of a network of this file.
     """
     stem, output = state.get("conv1.weight"), state.get("linear.weight")
     if stem is None or output is None or stem.dim() != 4 or output.dim() != 2:
@@ -148,11 +134,7 @@ def spec_of(state: dict[str, Tensor]) -> dict:
     if shape not in ARCHITECTURES.values():
         raise ValueError(f"its {shape[1]} blocks of type {block.__name__} are none of the known architectures")
     arch = next(arch for arch, known in ARCHITECTURES.items() if known == shape)
-    spec = {"arch": arch, "num_classes": output.shape[0], "width": stem.shape[0]}
-    full = inner_widths(arch, stem.shape[0])
-    weights = {name: state.get(f"{name}.weight") for name in full}
-    widths = {name: len(weight) for name, weight in weights.items() if weight is not None and weight.dim() == 4}
-    return spec if widths.items() <= full.items() else spec | {"widths": widths}
+    return {"arch": arch, "num_classes": output.shape[0], "width": stem.shape[0]}
 
 
 def _constructor(arch: str):
