@@ -93,7 +93,7 @@ def _draw_panel(
         look = styles[curve] | {"markersize": 2.2 if len(levels) > 8 and len(curves) > 1 else 4, "linewidth": 1.5}
         lines[curve] = _draw_curve(axes, levels, [place(rows) for rows in levels.values()], look, bands)
     for entry in _chosen(sweep, curves):
-        rows, width = curves[curve_of(entry)][entry["level"]], 2.2 if entry.get("verdict") == "shown" else 1.0
+        rows, width = curves[curve_of(entry)][entry["level"]], 2.2 if entry["verdict"] == "shown" else 1.0
         point = np.array([place(rows), column_mean(rows, "accuracy")])
         style.ring(axes, point, styles[curve_of(entry)]["color"], width)
     return lines

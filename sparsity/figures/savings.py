@@ -59,9 +59,7 @@ def savings_lines(sweep: Sweep, exported: Collection[tuple[Curve, float]] = ()) 
 
 def _file_line(row: Row, entry: dict[str, Any]) -> str:
     """The file of a row in words, from its entry in the JSON."""
-    told = ""
-    if "reporting_accuracy" in entry:  # files of earlier versions do not tell it
-        told = f", {entry['reporting_accuracy']:.2f} % on the {entry['reporting_images']:,} images for reporting"
+    told = f", {entry['reporting_accuracy']:.2f} % on the {entry['reporting_images']:,} images for reporting"
     least = f" (mask entropy and raw values: {entry['entropy_and_values']:.2f})" * entry["file"].endswith(".npz")
     return (
         f"{curve_name(row.curve)} at {level_text(row.level)} %, {entry['file']}: {entry['bytes']:,} bytes "
@@ -220,7 +218,7 @@ def _precisions(sweep: Sweep) -> list[str]:
 
 def _dense_costs(sweep: Sweep) -> dict[str, float]:
     """Label of a panel -> cost of the untouched network, mean over checkpoints, where it is known."""
-    value = {"fp32": 4, "fp16": 2, "bf16": 2}.get(" ".join(_precisions(sweep)), 4)
+    value = 2 if _precisions(sweep) == ["bf16"] else 4
     scales = ("parameters", value / 1e6), ("latency_ms", 1.0), ("macs", 1e-6)
     figures, costs = sweep.header["dense"].values(), {}
     for label, (key, scale) in zip(_costs(sweep), scales, strict=True):

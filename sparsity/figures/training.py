@@ -21,7 +21,7 @@ def plot_training(table: Path, picture: Path, title: str) -> None:
         axes.plot(epochs, [float(row[column]) for row in rows], marker="o", markersize=3.5, color=colour, label=label)
     axes.set(xlabel="epoch", ylabel="accuracy (%)")
     style.scale_accuracy(axes, high=max(float(row[column]) for row in rows for column in labels))
-    mark_sizes(axes, epochs, [row.get("image_size") for row in rows])
+    mark_sizes(axes, epochs, [row["image_size"] for row in rows])
     axes.set_xticks([tick for tick in style.inner_ticks(epochs[0], epochs[-1]) if tick.is_integer()])
     right = axes.twinx()
     losses = [float(row["loss"]) for row in rows]
@@ -32,7 +32,7 @@ def plot_training(table: Path, picture: Path, title: str) -> None:
     style.save_figure(figure, picture, last, title)
 
 
-def mark_sizes(axes: Axes, epochs: list[int], sizes: list[str | None]) -> None:
+def mark_sizes(axes: Axes, epochs: list[int], sizes: list[str]) -> None:
     """Draw a line before the first epoch at each size of the training images, with the size, if there are several."""
     changes = [index for index, size in enumerate(sizes) if index == 0 or size != sizes[index - 1]]
     for index in changes if len(changes) > 1 else ():

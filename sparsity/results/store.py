@@ -18,7 +18,15 @@ from sparsity.system.files import write_json
 from sparsity.system.methods import Curve
 
 IMAGES = ("calibration_sha256", "training_sha256")  # hashes in the JSON, of images of the training split
-KEPT = (*IMAGES, "summary", "comparisons", "measurement", "exports", "controls")  # entries that a later run takes over
+KEPT = (
+    *IMAGES,
+    "commands",
+    "summary",
+    "comparisons",
+    "measurement",
+    "exports",
+    "controls",
+)  # entries that a run takes over
 RUN = ("command", "machine", "versions")  # entries of the latest run; `commands` lists those of all that measured
 
 
@@ -224,7 +232,6 @@ def open_sweep(
         header["curves"] = curves
     header["dense"] = {name: found.header["dense"][name] for name in found.dense}
     header |= {key: found.header[key] for key in KEPT if key in found.header}
-    header["commands"] = found.header.get("commands") or list(filter(None, [_run_of(found.header)]))
     found.header = header
     return found
 

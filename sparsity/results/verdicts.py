@@ -87,11 +87,11 @@ def _sentence(entry: dict[str, Any], lowest: bool, unit: str) -> str:
     if entry["shown_level"] not in (None, entry["level"]):
         shown = f"; shown up to {level_text(entry['shown_level'])} %"
     return (
-        f"{curve_name(curve)}: {level_text(entry['level'])} % of the {unit} chosen: {half} within {within} of dense "
-        f"({others}; {after}). {verdict_text(entry).capitalize()} on the other {entry['images']:,} images: "
-        f"{entry['accuracy']:.2f} % against {entry['dense']:.2f} % dense, difference {entry['difference']:+.2f} points "
-        f"(95 % interval {entry['difference_low']:+.2f} to {entry['difference_high']:+.2f}{corrected})"
-        f"{shown}."
+        f"{curve_name(curve)}: chosen level {level_text(entry['level'])} % of the {unit} removed, within {within} of "
+        f"dense {half} ({others}; {after}). {verdict_text(entry).capitalize()} on the other "
+        f"{entry['images']:,} images: {entry['accuracy']:.2f} % against {entry['dense']:.2f} % dense, "
+        f"difference {entry['difference']:+.2f} points (95 % interval "
+        f"{entry['difference_low']:+.2f} to {entry['difference_high']:+.2f}{corrected}){shown}."
     )
 
 
@@ -106,8 +106,7 @@ def _obstacle(entry: dict[str, Any]) -> str:
 
 def verdict_text(entry: dict[str, Any]) -> str:
     """'shown within 1 point' or 'not shown within 1 point'; empty for an entry that has no verdict."""
-    verdict = entry.get("verdict", "none")
-    return "" if verdict == "none" else f"{verdict} within {points(entry['tolerance'])}"
+    return "" if entry["verdict"] == "none" else f"{entry['verdict']} within {points(entry['tolerance'])}"
 
 
 def label_text(entry: dict[str, Any]) -> str:
@@ -135,7 +134,7 @@ def scope_text(sweep: Sweep) -> str:
 
 def rule_text(entries: list[dict[str, Any]]) -> str:
     """How the levels of these entries were chosen, and when one is called shown."""
-    if not entries or "verdict" not in entries[0]:
+    if not entries:
         return ""
     within, family = points(entries[0]["tolerance"]), entries[0]["family"]
     together = f" (simultaneous over {family} curves)" if family > 1 else ""

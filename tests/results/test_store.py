@@ -187,11 +187,6 @@ def test_every_command_that_added_rows_is_kept_with_its_machine_and_versions(fil
     for _ in range(2):
         again.merge("controls", {"a": {"sha256": "1"}})
     assert commands(files)[2:] == [("controls", 1)]
-    content = json.loads(files.json.read_text())
-    del content["commands"]  # of files from before there was a list, the last command is known
-    files.json.write_text(json.dumps(content | run_by("last")))
-    add(reopen(files, header() | run_by("next")), made_row(60.0))
-    assert commands(files) == [("last", 1), ("next", 1)]
     restarted = reopen(files, header() | run_by("all again"), restart=True)
     restarted.begin()
     add(restarted, made_row(0.0))
