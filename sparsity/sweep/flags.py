@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +80,20 @@ def _several(names: Iterable[str], default: str, text: str) -> dict[str, Any]:
 def _add_pruning_flags(add: Callable[..., Any]) -> None:
     text = "one or more, as seeds of one experiment (the newest numbered one in --checkpoint_dir)"
     add("--checkpoint", type=Path, nargs="+", metavar="FILE", help=text)
-    add_arch_flags(add, None, f"network, where a checkpoint alone may not or does not tell it: {ARCH_HELP}")
+    add_arch_flags(
+        add, None, f"network of a checkpoint that does not name it, or that a Python file builds: {ARCH_HELP}"
+    )
     text = "percent: start:stop:step, or a list such as 0,40,99.5 (%(default)s)"
     add("--levels", type=levels_type, default="0:100:5", metavar="L", help=text)
     text = "score by which weights (filter_...: whole filters) are removed, lowest first"
     add("--criterion", **_several((*CRITERIA, *FILTER_CRITERIA), "l1", text))
     text = "share of weights, or of multiply-adds, that a level removes (%(default)s)"
     add("--budget", choices=("weights", "macs"), default="weights", help=text)
-    text = "no levels given: bisect for the highest one within --tolerance, to 0.5 %%, in 8 evaluations a curve (off)"
+    text = (
+        "instead of --levels: bisect for the highest one within --tolerance, to 0.5 %%, in at most 8 evaluations (off)"
+    )
     add("--search", action="store_true", help=text)
-    text = "how a level is dealt to the layers, or the N best of every M inputs"
+    text = "how the zeros are spread over the layers; N:M keeps the N best of every M inputs"
     add("--allocation", **_several((*ALLOCATIONS, "N:M"), "uniform", text) | {"choices": None, "type": allocation_type})
     text = "filter_...: remove channels of the whole network, those that shortcuts share together (off)"
     add("--couple", action="store_true", help=text)
@@ -109,7 +113,7 @@ def _add_pruning_flags(add: Callable[..., Any]) -> None:
 
 def _add_recovery_flags(add: Callable[..., Any]) -> None:
     add("--recover", **_several(RECOVERIES, "none", "recovery after pruning; only finetune reads labels"))
-    text = f"of the training split ({CALIBRATION_IMAGES}, or all where there are fewer)"
+    text = f"training images that criteria and recoveries read ({CALIBRATION_IMAGES}, or all where there are fewer)"
     add("--calibration_images", type=integer(2), metavar="N", help=text)
     text = "of the training split that distill trains on, without labels; a number, or all (%(default)s)"
     add("--distill_images", type=images_type, default="all", metavar="N", help=text)
@@ -148,13 +152,17 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--images_dir", type=Path, default=Path("images"), metavar="DIR", help="plots and tables (%(default)s)")
     text = "exported files; the newest checkpoint is looked for here (%(default)s)"
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), metavar="DIR", help=text)
-    text = "write the networks of these levels to files; chosen: of each curve's chosen level; best: of the most (none)"
+    text = (
+        "write the networks of these levels to files; chosen: of each curve's chosen level; best: of the curve whose "
+        "chosen level removes most (none)"
+    )
     add("--export", type=export_type, metavar="L", help=text)
     text = "of values in files (%(default)s)"
     add("--export_precision", choices=tuple(EXPORT_BITS), default="fp32", help=text)
     text = "packed (.npz); dense (.pth), safetensors: zeros too; program (.pt2), onnx: run by themselves (%(default)s)"
     add("--export_format", choices=tuple(EXPORT_FORMATS), default="packed", help=text)
-    add("--restart", action="store_true", help="measure again the rows that are in the CSV (off)")
+    text = "begin the CSV anew; old rows that this command does not measure go at its end (off)"
+    add("--restart", action="store_true", help=text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -175,11 +183,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def clash(args: argparse.Namespace, given: set[str]) -> str | None:
     """Why the flags have no meaning together, or None; `given` names those on the command line."""
-    rules = (*_method_rules(args, given), *level_rules(args, given), *_file_rules(args, given))
-    return next((message for clashes, message in rules if clashes), None)
+    return next(itertools.chain(_method_rules(args, given), level_rules(args, given), _file_rules(args, given)), None)
 
 
-def _method_rules(args: argparse.Namespace, given: set[str]) -> tuple[tuple[bool, str], ...]:
+def _method_rules(args: argparse.Namespace, given: set[str]) -> Iterator[str]:
     """Which flags about curves and their methods clash, and why."""
     filters = sorted(set(args.criterion) & FILTER_CRITERIA.keys())
     weights = [name for name in args.allocation if name not in FILTER_ALLOCATIONS]
@@ -187,51 +194,48 @@ def _method_rules(args: argparse.Namespace, given: set[str]) -> tuple[tuple[bool
     idle = [flag for flag in sorted(given) if (name := flag.split("_")[0]) in TRAINING and name not in recoveries]
     curves = [Curve(*parts) for parts in itertools.product(args.criterion, args.allocation, args.recover)]
     calibrated = args.compare or any(curve.needs_calibration for curve in curves)
-    return (
-        (args.compare and (given & {"criterion", "allocation", "recover", "schedule"} or args.sensitivity),
-         "--compare is a panel of its own; leave out --criterion --allocation --recover --schedule --sensitivity"),
-        (args.sensitivity and ("allocation" in given or args.schedule == "iterative" or args.couple),
-         "--sensitivity prunes one layer at a time; leave out --allocation, --schedule and --couple"),
-        (args.sensitivity and (len(args.criterion) > 1 or len(args.recover) > 1),
-         "--sensitivity takes one --criterion and one --recover"),
-        (idle,
-         f"--{''.join(idle[:1])} has no effect without --recover {''.join(idle[:1]).split('_')[0]}"),
-        (filters and weights,
-         f"--criterion {''.join(filters[:1])} removes whole filters, which --allocation {''.join(weights[:1])} "
-         f"is not made for; use {' or '.join(FILTER_ALLOCATIONS)}"),
-        (given & {"couple", "round_filters"} and not filters,
-         f"--{''.join(sorted(given & {'couple', 'round_filters'})[:1])} has no effect without a --criterion of "
-         f"filters: {' or '.join(FILTER_CRITERIA)}"),
-        ("calibration_images" in given and not calibrated,
-         "--calibration_images has no effect without a criterion or --recover that looks at images"),
-    )  # fmt: skip
+    if args.compare and (given & {"criterion", "allocation", "recover", "schedule"} or args.sensitivity):
+        yield "--compare is a panel of its own; leave out --criterion --allocation --recover --schedule --sensitivity"
+    if args.sensitivity and ("allocation" in given or args.schedule == "iterative" or args.couple):
+        yield "--sensitivity prunes one layer at a time; leave out --allocation, --schedule and --couple"
+    if args.sensitivity and (len(args.criterion) > 1 or len(args.recover) > 1):
+        yield "--sensitivity takes one --criterion and one --recover"
+    if idle:
+        yield f"--{idle[0]} has no effect without --recover {idle[0].split('_')[0]}"
+    if filters and weights:
+        yield (
+            f"--criterion {filters[0]} removes whole filters, which --allocation {weights[0]} is not made for; "
+            f"use {' or '.join(FILTER_ALLOCATIONS)}"
+        )
+    if (lone := sorted(given & {"couple", "round_filters"})) and not filters:
+        yield f"--{lone[0]} has no effect without a --criterion of filters: {' or '.join(FILTER_CRITERIA)}"
+    if "calibration_images" in given and not calibrated:
+        yield "--calibration_images has no effect without a criterion or --recover that looks at images"
 
 
-def _file_rules(args: argparse.Namespace, given: set[str]) -> tuple[tuple[bool, str], ...]:
+def _file_rules(args: argparse.Namespace, given: set[str]) -> Iterator[str]:
     """Which flags about what is read, measured and written clash, and why."""
     export, formats = args.export is not None, sorted(given & {"export_precision", "export_format"})
     others = sorted(given - PREDICTION)
-    return (
-        (args.sensitivity and "tolerance" in given,
-         "--tolerance has no effect with --sensitivity, which chooses no level"),
-        (args.sensitivity and (export or args.measure),
-         "--sensitivity prunes one layer at a time; leave out --export and --measure"),
-        (args.sensitivity and args.controls,
-         "--sensitivity draws no controls; leave out --controls"),
-        (args.describe and (export or args.measure or args.controls or args.restart),
-         "--describe writes nothing; leave out --export, --measure, --controls and --restart"),
-        (args.arch_args and (args.arch is None or args.arch in BUILT_IN),
-         "--arch_args needs an --arch that is not built in"),
-        (formats and not export,
-         f"--{''.join(formats[:1])} has no effect without --export"),
-        (export and len(args.checkpoint or []) > 1,
-         "--export writes a file for each curve and level; name one --checkpoint"),
-        (len(given & {"mean", "std"}) == 1,
-         "--mean and --std belong together; give both"),
-        (args.export_format == "onnx" and args.export_precision != "fp32",
-         "--export_format onnx is written in fp32, as onnxruntime has no bf16 on a CPU; leave out --export_precision"),
-        (args.predict and len(args.predict) < 2,
-         "--predict takes a file of a network and one or more images"),
-        (args.predict and others,
-         f"--predict sweeps nothing; leave out --{', --'.join(others)}"),
-    )  # fmt: skip
+    if args.sensitivity and "tolerance" in given:
+        yield "--tolerance has no effect with --sensitivity, which chooses no level"
+    if args.sensitivity and (export or args.measure):
+        yield "--sensitivity prunes one layer at a time; leave out --export and --measure"
+    if args.sensitivity and args.controls:
+        yield "--sensitivity draws no controls; leave out --controls"
+    if args.describe and (export or args.measure or args.controls or args.restart):
+        yield "--describe writes nothing; leave out --export, --measure, --controls and --restart"
+    if args.arch_args and (args.arch is None or args.arch in BUILT_IN):
+        yield "--arch_args needs an --arch that is not built in"
+    if formats and not export:
+        yield f"--{formats[0]} has no effect without --export"
+    if export and len(args.checkpoint or []) > 1:
+        yield "--export writes a file for each curve and level; name one --checkpoint"
+    if len(given & {"mean", "std"}) == 1:
+        yield "--mean and --std belong together; give both"
+    if args.export_format == "onnx" and args.export_precision != "fp32":
+        yield "--export_format onnx is written in fp32: onnxruntime has no bf16 on a CPU; leave out --export_precision"
+    if args.predict and len(args.predict) < 2:
+        yield "--predict takes a file of a network and one or more images"
+    if args.predict and others:
+        yield f"--predict sweeps nothing; leave out --{', --'.join(others)}"

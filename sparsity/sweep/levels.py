@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Iterator
 
 from sparsity.system.errors import PROCESSES
 from sparsity.system.flags import level_text, levels_type
@@ -47,27 +48,31 @@ def search_path(low: float = 0.0, high: float = 100 + SEARCH_STEP) -> list[float
     return path
 
 
-def level_rules(args: argparse.Namespace, given: set[str]) -> tuple[tuple[bool, str], ...]:
+def level_rules(args: argparse.Namespace, given: set[str]) -> Iterator[str]:
     """Which of these flags have no meaning together, and why; `given` names those on the command line."""
     iterative, listed, several = args.schedule == "iterative", isinstance(args.export, list), PROCESSES > 1
     own = [own_levels(name) for name in args.allocation]
-    return (
-        (all(own) and (given & {"levels", "budget"} or iterative or args.search),
-         f"--allocation {args.allocation[0]} has one level of its own; leave out --levels, --budget, --schedule and "
-         "--search"),
-        (listed and all(own) and not set(args.export) & {level for (level,) in own},
-         f"--allocation {args.allocation[0]} has one level of its own; name it with --export, or use --export chosen"),
-        (args.search and ("levels" in given or iterative or args.compare or args.sensitivity or listed),
-         "--search finds levels of its own, each from the dense network; leave out --levels, --schedule, --compare, "
-         "--sensitivity, and --export with levels"),
-        (listed and iterative and "levels" not in given,
-         "--schedule iterative prunes in the steps of --levels; give them with --export"),
-        (args.search and len(args.checkpoint or []) > 1,
-         "--search goes by the accuracy of one network; name one --checkpoint"),
-        (several and (args.search or args.export in CHOICES),
-         "--search and --export chosen or best go by all rows so far; leave torchrun out for them"),
-        (several and args.measure,
-         "--measure times networks, which other processes would disturb; leave torchrun out for it"),
-        (args.sensitivity and "budget" in given,
-         "--sensitivity prunes one layer at a time, in which both budgets are the same; leave out --budget"),
-    )  # fmt: skip
+    if all(own) and (given & {"levels", "budget"} or iterative or args.search):
+        yield (
+            f"--allocation {args.allocation[0]} has one level of its own; leave out --levels, --budget, --schedule and "
+            "--search"
+        )
+    if listed and all(own) and not set(args.export) & {level for (level,) in own}:
+        yield (
+            f"--allocation {args.allocation[0]} has one level of its own; name it with --export, or use --export chosen"
+        )
+    if args.search and ("levels" in given or iterative or args.compare or args.sensitivity or listed):
+        yield (
+            "--search finds levels of its own, each from the dense network; leave out --levels, --schedule, --compare, "
+            "--sensitivity, and --export with levels"
+        )
+    if listed and iterative and "levels" not in given:
+        yield "--schedule iterative prunes in the steps of --levels; give them with --export"
+    if args.search and len(args.checkpoint or []) > 1:
+        yield "--search goes by the accuracy of one network; name one --checkpoint"
+    if several and (args.search or args.export in CHOICES):
+        yield "--search and --export chosen or best go by all rows so far; leave torchrun out for them"
+    if several and args.measure:
+        yield "--measure times networks, which other processes would disturb; leave torchrun out for it"
+    if args.sensitivity and "budget" in given:
+        yield "--sensitivity prunes one layer at a time, in which both budgets are the same; leave out --budget"
