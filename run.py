@@ -86,7 +86,6 @@ def train(args: Namespace) -> None:
         if processes.first():
             content = describe_network(args, tested, spec, data, history)
             save_epoch(content, numbered.get(epoch), last, resume.training_progress(parts, history))
-        args.resume = True  # from here on, an interruption can be continued
 
     final = evaluate_shared(network, test, default_batch_size(device))
     if processes.first():

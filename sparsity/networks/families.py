@@ -27,8 +27,8 @@ from sparsity.networks.narrow import narrow
 from sparsity.networks.outputs import give_logits
 from sparsity.networks.user_file import build_from_file, file_sha256, is_file
 from sparsity.system.errors import UserError, described, one_line
+from sparsity.system.flags import BUILT_IN
 
-BUILT_IN = tuple(Build_Resnet.ARCHITECTURES)
 zero_last_norms = Build_Resnet.zero_last_norms  # for built-in networks
 Spec = dict[str, Any]
 
@@ -79,7 +79,7 @@ def restore(checkpoint: Checkpoint, named: Spec | None = None) -> tuple[Checkpoi
 
 
 def load_control(path: Path, main: Spec) -> tuple[Checkpoint, nn.Module]:
-    """`load_network` of a control beside the opened network `main`, whose file and function may have built it, too."""
+    """Read a control and its network; a Python file is run only if it is the one that built `main`, which was named."""
     checkpoint = load(path)
     arch = (checkpoint.model or {}).get("arch")
     if not isinstance(arch, str) or not is_file(arch):

@@ -130,16 +130,14 @@ def symmetric(total: Tensor) -> Tensor:
     return total
 
 
-def draw_positions(
-    layer: Layer, inputs: Tensor, calibration: Calibration, *keys: int, images: int | None = None
-) -> Tensor | None:
+def draw_positions(layer: Layer, inputs: Tensor, calibration: Calibration, *keys: int, images: int) -> Tensor | None:
     """Random positions [B, n] of a batch's images, the same n for every calibration image; None to use all.
 
-    `keys` (of the layer and the batch) seed the draw, with the calibration's seed. The B of the layer may be another
-    one than that of the batch, whose number of `images` is then given: n is less where B is more.
+    `keys` (of the layer and the batch) seed the draw, with the calibration's seed. `images` is the size of the batch;
+    where a layer sees more inputs B than images (attention in windows), n is smaller.
     """
     available = windows(layer, inputs.to("meta")).shape[1:3].numel()
-    wanted = max(1, calibration.position_limit * (images or len(inputs)) // len(calibration) // len(inputs))
+    wanted = max(1, calibration.position_limit * images // len(calibration) // len(inputs))
     if wanted >= available:
         return None
     draw = torch.rand(len(inputs), available, generator=generator(calibration.seed, *keys))

@@ -49,7 +49,7 @@ class Network:
         return Pruner(self.means.dense, list(self.means.layers), self.means.calibration, seed, **self.how)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Networks:
     """The checkpoints of a sweep, opened one after the other.
 
@@ -64,14 +64,14 @@ class Networks:
     positions: dict[str, int]
     calibration: Calibration | None
     train: Split | None
-    _last: list[Network] = field(default_factory=list, init=False)  # the one that was opened last
+    last: Network | None = field(default=None, init=False)  # the one that was opened last
 
     def open(self, name: str) -> Network:
         """A checkpoint, read unless it was the last one; UserError when it is another one than the sweep began with."""
-        if [network.name for network in self._last] != [name]:
-            self._last[:] = []  # frees it before the next one is read
-            self._last.append(self._read(name))
-        return self._last[0]
+        if self.last is None or self.last.name != name:
+            self.last = None  # frees it before the next one is read
+            self.last = self._read(name)
+        return self.last
 
     def _read(self, name: str) -> Network:
         path, entry = list(zip(self.given.paths, self.given.described.values(), strict=True))[self.names.index(name)]

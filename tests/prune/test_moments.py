@@ -70,12 +70,12 @@ def test_layers_whose_inputs_cannot_be_unfolded_are_refused():
 def test_positions_are_drawn_once_and_the_same_number_from_every_image(small_split):
     few = Calibration(small_split, position_limit=50 * 10)
     layer, inputs = nn.Conv2d(3, 2, 3, padding=1), torch.randn(7, 3, 8, 8)
-    positions = draw_positions(layer, inputs, few, 1, 2)
+    positions = draw_positions(layer, inputs, few, 1, 2, images=7)
     assert positions.shape == (7, 10)
     assert all(len(set(row.tolist())) == 10 and max(row) < 64 for row in positions)
-    assert torch.equal(positions, draw_positions(layer, inputs, few, 1, 2))
-    assert not torch.equal(positions, draw_positions(layer, inputs, few, 1, 3))
-    assert draw_positions(layer, inputs, Calibration(small_split, position_limit=50 * 64), 1, 2) is None
+    assert torch.equal(positions, draw_positions(layer, inputs, few, 1, 2, images=7))
+    assert not torch.equal(positions, draw_positions(layer, inputs, few, 1, 3, images=7))
+    assert draw_positions(layer, inputs, Calibration(small_split, position_limit=50 * 64), 1, 2, images=7) is None
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 300])
