@@ -92,7 +92,7 @@ def _is_convolution(node: object, network: nn.Module) -> bool:
 def _is_sum(node: fx.Node, network: nn.Module) -> bool:
     """Whether a node is the plain sum of two different tensors that nothing else reads.
 
-    One that overwrites its first term is none, unless that is the output of a convolution.
+    An addition in place counts only where its first term is the output of a convolution.
     """
     if node.op != "call_function" or len(node.users) > 1 or node.kwargs:
         return False

@@ -36,7 +36,7 @@ def way_of(model: nn.Module) -> Way:
 
 
 def set_way(model: nn.Module, way: Way) -> None:
-    """Give a network a way, in place, which copies of it keep; without channels_last its images become contiguous."""
+    """Set, in place, how inference copies of `model` are made; without channels_last its images become contiguous."""
     if not way.channels_last and way_of(model).channels_last:
         model.register_forward_pre_hook(_make_contiguous)
     model.way = way
@@ -245,9 +245,10 @@ def positions_per_image(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:
-    """The memory format for gradients: channels_last, the faster one, except for networks with narrow shortcuts.
+    """The memory format for gradients: channels_last, the faster one, where nothing speaks against it.
 
-    And except for 3-d convolutions, whose weights cannot have it, and for networks whose way is another one.
+    Contiguous for networks with narrow strided 1x1 convolutions, with 3-d convolutions, whose weights cannot be
+    channels_last, and where `set_way` says so.
 
     In channels_last, oneDNN's gradient of a strided 1x1 convolution with fewer input channels than a SIMD block holds
     writes beyond its workspace: a crash, or wrong gradients (github.com/uxlfoundation/oneDNN/issues/6035).

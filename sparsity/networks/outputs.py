@@ -18,7 +18,8 @@ def give_logits(model: nn.Module, arch: str) -> nn.Module:
     """Make `model` return the logits alone, see `logits_of`, in place; the names of its modules stay.
 
     Its class becomes a subclass, so that calls, copies and `torch.fx` all see the same forward pass. Raises UserError
-    for networks of which a subclass cannot be made to do that, that have layers without a size, or that have been here.
+    for networks of which a subclass cannot be made to do that, that have layers without a size, or that the user's
+    function returned before.
     """
     if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model):
         raise UserError(f"--arch {arch}: its forward pass is scripted or set on the instance; return the plain module")

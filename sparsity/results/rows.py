@@ -14,7 +14,7 @@ from sparsity.system.files import read_csv, write_csv
 from sparsity.system.flags import level_text
 from sparsity.system.methods import Curve
 
-WAYS_OUT = "measure again with --restart, or choose another --name"
+WAYS_OUT = "replace all rows with --restart, or choose another --name"
 SPARSE_NOTE = "sparse arithmetic"  # the note of rows whose network was run by sparse kernels
 SEMI_STRUCTURED_NOTE = "semi-structured kernels"  # begins that of rows that were timed by them
 

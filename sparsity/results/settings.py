@@ -63,8 +63,8 @@ def require_same(table: Path, there: dict[str, Any], now: dict[str, Any], layers
             differing.append(f"checkpoint ({name} has changed since)")
     if differing:
         raise UserError(
-            f"{table} holds rows of another run: {'; '.join(differing)}. Measure everything again with --restart, "
-            "or keep both with another --name"
+            f"{table} holds rows of another run: {'; '.join(differing)}. Replace all of them with --restart, or "
+            "keep both with another --name"
         )
     machines = [header.get("machine", {}).get("device") for header in (there, now)]
     if machines[0] != machines[1]:

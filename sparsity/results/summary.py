@@ -66,7 +66,7 @@ def sensitivity_table(sweep: Sweep, most: int = 10) -> str:
 def markdown_table(sweep: Sweep) -> str:
     """Accuracy in percent as a Markdown table for papers: a row a curve, a column a level, ten levels at most.
 
-    The last column is the chosen level, if `Sweep.finish` has been given one.
+    The last column is the chosen level of each curve, where levels were chosen.
     """
     curves, title = sweep.curves(), " / ".join(sweep.header.get("title", "").splitlines())
     levels = _columns(sorted({level for found in curves.values() for level in found}))

@@ -82,7 +82,7 @@ def _open_program(args: argparse.Namespace, path: Path) -> Opened:
         about = metadata["data"]
         size, classes = about["image_size"], about["classes"]
         if size not in SIZES or not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
-            raise ValueError("its image size or classes are none")
+            raise ValueError("its image size or class names are not valid")
     except (UserError, MemoryError):
         raise
     except Exception as error:  # damaged bytes surface as almost any exception from the readers of zip, JSON and ONNX

@@ -25,14 +25,13 @@ def prepare_inference(args: argparse.Namespace, given: Inputs) -> nn.Module:
     """
     device, test = torch.device(args.device), given.test
     require_plain_weights(given.dense)
-    dense, few = given.dense.to(device), normalise(test.images[:SAMPLE].to(device), test.mean, test.std)
-    way = choose_way(dense, few)
+    dense, sample = given.dense.to(device), normalise(test.images[:SAMPLE].to(device), test.mean, test.std)
+    way = choose_way(dense, sample)
     if not way.traced:
-        told = f"it is evaluated as it is, masks baked in and nothing folded, which is slower ({way.reason})"
-        print(f"torch.fx cannot stand in for the network: {told}")
+        print(f"torch.fx cannot copy the network ({way.reason}): it is tested as it is, unfolded, which is slower")
         if args.measure:
             raise UserError("--measure needs a network that torch.fx can trace; leave it out")
-    if problem := args.precision != "fp32" and precision_problem(dense, few, DTYPES[args.precision]):
+    if problem := args.precision != "fp32" and precision_problem(dense, sample, DTYPES[args.precision]):
         print(f"the network does not run in {args.precision} ({problem}): all is computed in fp32")
         args.precision = "fp32"
     return inference_copy(dense, DTYPES[args.precision])

@@ -170,7 +170,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     text = "auto is bf16 where the hardware is made for it (%(default)s)"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=text)
     add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of all draws (%(default)s)")
-    text = "CPU threads; part of repeatability (torch's choice)"
+    text = "CPU threads; results repeat to the bit only with the same number (torch's choice)"
     add("--threads", type=integer(1, 4096), metavar="N", help=text)
     text = "compile the network first; auto is on for CUDA, off elsewhere (%(default)s)"
     add("--compile", choices=("auto", "on", "off"), default="auto", help=text)

@@ -43,7 +43,7 @@ def choose_how_to_test(args: Namespace, model: nn.Module) -> None:
     noise = torch.randn(2, 3, args.image_size, args.image_size, generator=torch.Generator())
     way = choose_way(model, noise)
     if not way.traced:
-        print(f"torch.fx cannot stand in for {args.arch}, which is tested as it is ({way.reason})")
+        print(f"torch.fx cannot copy {args.arch} ({way.reason}): it is tested as it is, unfolded, which is slower")
     if problem := args.precision != "fp32" and precision_problem(model, noise, DTYPES[args.precision]):
         print(f"{args.arch} does not run in {args.precision} ({problem}): all is computed in fp32")
         args.precision = "fp32"

@@ -106,8 +106,8 @@ BAD_PROGRAMS = {
     "cut": "is refused, damaged or not written by this project (BadZipFile",
     "text": "is refused, damaged or not written by this project (BadZipFile",
     "flipped": "is refused, damaged or not written by this project (BadZipFile: Bad CRC-32",
-    "size": "its image size or classes are none",
-    "name": "its image size or classes are none",
+    "size": "its image size or class names are not valid",
+    "name": "its image size or class names are not valid",
     "classes": "gives no finite logits of its classes",
     "small": "cannot be run on images of 4 pixels",
 }
