@@ -194,16 +194,6 @@ def program_sweep(tiny_checkpoint, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture
-def undrawn(request, monkeypatch):
-    """For tests that look at no figure, whose drawing takes four fifths of a small sweep; not for those marked `drawn`.
-
-    The figures themselves are drawn and looked at in tests/figures, and at the end of real sweeps in tests/scripts.
-    """
-    if not request.node.get_closest_marker("drawn"):
-        monkeypatch.setattr("sparsity.figures.accuracy.plot_all", lambda files: None)
-
-
 @pytest.fixture(autouse=True)
 def threads_as_found():
     """The scripts set the number of threads of the whole process; put it back."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -27,11 +28,17 @@ PROGRAM_FLAGS = ["--criterion", "filter_l1", "--export", "0,50,100", "--export_f
 KILLS = int(os.environ.get("KILLS", "1"))  # how often each kind of run is killed
 
 
-def sweep(out: Path, *flags: object) -> int:
-    """Exit status of pruning.py in this process, in float32 with one thread, writing to `out`."""
+def sweep(out: Path, *flags: object, drawn: bool = False) -> int:
+    """Exit status of pruning.py in this process, in float32 with one thread, writing to `out`.
+
+    Figures, four fifths of a small sweep, are `drawn` where a test looks at them.
+    """
     import pruning  # here, so that tests of a room run whatever state the scripts are in
 
-    return pruning.main(["--images_dir", str(out), "--precision", "fp32", "--threads", "1", *map(str, flags)])
+    with pytest.MonkeyPatch.context() as patch:
+        if not drawn:
+            patch.setattr("sparsity.figures.accuracy.plot_all", lambda files: None)
+        return pruning.main(["--images_dir", str(out), "--precision", "fp32", "--threads", "1", *map(str, flags)])
 
 
 def files_of(folder: Path, name: str = "colours_resnet18_pruning") -> Any:

@@ -216,7 +216,7 @@ FLAGS = ["--dataset", "folder", "--image_size", "16", "--levels", "0,70"]
 
 
 @pytest.fixture
-def swept(tmp_path, image_folder, undrawn):
+def swept(tmp_path, image_folder):
     """A function that sweeps an awkward network of seed 0; returns the folder and the status."""
 
     def run(name: str, *flags: str) -> tuple[Path, int]:

@@ -19,7 +19,6 @@ def pruned(pattern: str) -> nn.Module:
     return Pruner(nn.Sequential(*layers).eval(), ["1", "3"]).prune(Curve("l1", pattern, "none"), 50)[0]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_dense_kernels_are_timed_on_a_cpu_which_is_said(tiny_checkpoint, tmp_path, monkeypatch):
     assert semi_structured_layers(inference_copy(pruned("2:4"), torch.bfloat16)) == []
     stub_times(monkeypatch)

@@ -111,7 +111,6 @@ def test_a_rate_that_diverges_names_its_flag(small_net, small_split):
 FLAGS = ["--levels", "50", "--recover", "distill", "--distill_images", "24", "--distill_epochs", "2"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_sweep_ends_in_the_same_rows(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     flags = ["--checkpoint", tiny_checkpoint, *FLAGS, "--criterion", "l1", "filter_l1"]
     assert sweep(tmp_path / "whole", *flags) == 0

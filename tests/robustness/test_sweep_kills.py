@@ -12,7 +12,6 @@ import pytest
 from conftest import write_image_folder
 from helpers import KILLS, ROOT, files_of, kill_when, launch, rows_of, run_to_the_end, sweep, without_seconds
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 TABLE = "colours_resnet18_pruning.csv"
 LEVELS = 2 * 21
 
@@ -29,9 +28,7 @@ def flags(tiny_checkpoint, tmp_path_factory):
 def undisturbed(flags, tmp_path_factory):
     """The folder of a sweep that nobody disturbed."""
     out = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsity.figures.accuracy.plot_all", lambda files: None)
-        assert sweep(out, *flags) == 0
+    assert sweep(out, *flags) == 0
     return out
 
 

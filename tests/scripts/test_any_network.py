@@ -51,7 +51,6 @@ def train(folder: Path, *flags: str, size: int = 8) -> int:
     return run.main([*images, "--epochs", "1", "--precision", "fp32", "--threads", "1", *flags])
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_network_of_a_file_is_trained_swept_exported_and_read_by_plain_torch(place, image_folder, capsys):
     arch = ["--arch", "net.py:small"]
     assert train(image_folder, *arch, "--arch_args", "width=8") == 0
@@ -91,7 +90,6 @@ def test_a_network_of_a_file_is_trained_swept_exported_and_read_by_plain_torch(p
     assert {**again, "seconds": "", "file_bytes": ""} == {**rows[1], "seconds": "", "file_bytes": ""}
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_training_of_a_file_is_resumed_when_the_file_is_named_again(place, image_folder, capsys):
     arch = ["--arch", "net.py:small"]
     assert train(image_folder, *arch, "--arch_args", "width=8") == 0
@@ -108,7 +106,6 @@ def test_a_training_of_a_file_is_resumed_when_the_file_is_named_again(place, ima
     assert torch.load(place / "checkpoints" / "colours_net_small_ckpt_epoch2.pth", weights_only=True)["epoch"] == 2
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_network_of_torchvision_is_swept_from_its_checkpoint_alone(tmp_path, image_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train(image_folder, "--arch", "torchvision:squeezenet1_1", size=32) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_image_folder
-from helpers import kill_when, launch
+from helpers import kill_when, launch, sweep
 
 import pruning
 import run
@@ -100,27 +100,25 @@ def test_a_full_disk_is_told_before_training(place, capsys, monkeypatch):
     assert not list((place / "checkpoints").iterdir())
 
 
-SWEPT = ["--checkpoint", "good.pth", "--levels", "0,50", "--threads", "1"]
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_cannot_start_loses_no_rows(place, capsys):
-    assert pruning.main(SWEPT) == 0
-    tables = {path: path.read_bytes() for path in (place / "images").iterdir() if path.suffix != ".json"}
+    images, swept = place / "images", ["--checkpoint", "good.pth", "--levels", "0,50"]
+    assert sweep(images, *swept) == 0
+    tables = {path: path.read_bytes() for path in images.iterdir() if path.suffix != ".json"}
     for flags, said in (
         ("--data_dir torn", "torn/train/red/001.png is not a readable image"),
         ("--calibration_images 49", "more than the 48 images"),
+        ("--export 50 --checkpoint_dir file", "--checkpoint_dir file cannot be written to"),
     ):
         for restart in ([], ["--restart"]):
             capsys.readouterr()
-            assert pruning.main([*SWEPT, "--recover", "batchnorm", *flags.split(), *restart]) == 1
+            assert sweep(images, *swept, "--recover", "batchnorm", *flags.split(), *restart) == 1
             (line,) = capsys.readouterr().err.strip().splitlines()
             assert said in line
             assert {path: path.read_bytes() for path in tables} == tables
-    assert pruning.main(SWEPT) == 0
+    assert sweep(images, *swept) == 0
     assert "2 rows in" in capsys.readouterr().out
-    with lock(place / "images" / ".colours_resnet18_pruning.lock"):
-        assert pruning.main([*SWEPT, "--restart"]) == 1
+    with lock(images / ".colours_resnet18_pruning.lock"):
+        assert sweep(images, *swept, "--restart") == 1
     assert "another run is writing to the files of colours_resnet18_pruning" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tables} == tables
 

@@ -8,7 +8,6 @@ from helpers import files_of, rows_of, sweep
 
 from sparsity.networks.families import load_network
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 FLAGS = ["--criterion", "filter_l1", "--couple"]
 
 

@@ -19,7 +19,6 @@ from sparsity.sweep import networks as swept_networks
 from sparsity.system import methods
 from sparsity.system.methods import ALLOCATIONS, RECOVERIES
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 TABLE = "colours_resnet18_pruning.csv"
 
 

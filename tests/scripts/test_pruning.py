@@ -22,7 +22,7 @@ TABLE = "colours_resnet18_pruning.csv"
 def swept(tiny_checkpoint, tmp_path_factory):
     """The files of a finished sweep of 21 levels."""
     out = tmp_path_factory.mktemp("swept")
-    assert sweep(out, "--checkpoint", tiny_checkpoint) == 0
+    assert sweep(out, "--checkpoint", tiny_checkpoint, drawn=True) == 0
     return files_of(out)
 
 
@@ -100,7 +100,6 @@ def test_rows_of_other_settings_need_another_name_or_a_restart(swept_at_two, tin
     assert not list(tmp_path.glob("*.old"))
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_level_that_does_nothing_is_not_evaluated_and_has_the_same_row(tiny_checkpoint, tmp_path, monkeypatch):
     evaluated = []
     monkeypatch.setattr(level, "evaluate", lambda *given: evaluated.append(1) or evaluate(*given))
@@ -114,7 +113,6 @@ def test_a_level_that_does_nothing_is_not_evaluated_and_has_the_same_row(tiny_ch
     assert without_seconds(tmp_path / "once" / TABLE) == without_seconds(tmp_path / "again" / TABLE)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_several_checkpoints_are_seeds_of_one_experiment(tiny_checkpoint, other_checkpoint, tmp_path, capsys):
     capsys.readouterr()
     flags = ["--levels", "0,50,100", "--criterion", "l1", "random"]
@@ -129,7 +127,6 @@ def test_several_checkpoints_are_seeds_of_one_experiment(tiny_checkpoint, other_
     assert f"{mean:.2f}" in line
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_foreign_checkpoint_is_swept(tiny_checkpoint, image_folder, tmp_path, capsys):
     path, net = tmp_path / "foreign.pth", torch.load(tiny_checkpoint, weights_only=True)["net"]
     torch.save({"net": {f"module.{name}": tensor for name, tensor in net.items()}, "acc": 93.0, "epoch": 60}, path)
@@ -145,7 +142,6 @@ def test_a_foreign_checkpoint_is_swept(tiny_checkpoint, image_folder, tmp_path, 
     assert float(row["sparsity"]) == pytest.approx(60, abs=0.2)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_that_has_zeros_is_swept_like_any_other(tiny_checkpoint, tmp_path):
     content = torch.load(tiny_checkpoint, weights_only=True)
     content["net"]["layer4.0.conv2.weight"].zero_()
@@ -155,7 +151,6 @@ def test_a_checkpoint_that_has_zeros_is_swept_like_any_other(tiny_checkpoint, tm
     assert 5 < sparsity[0] < 50 < sparsity[1] < 100 == sparsity[2]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_outputs_that_are_not_finite_are_told(tiny_checkpoint, tmp_path, capsys):
     """Fused kernels may make 0 of nan, so that the outputs of the network would look sound."""
     content = torch.load(tiny_checkpoint, weights_only=True)

@@ -14,7 +14,6 @@ FAMILIES = {"mobilenet_v2": (52, 52), "squeezenet1_1": (25, 25), "shufflenet_v2_
 HALF = ((0.5,) * 3, (0.5,) * 3)
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_described_and_swept_with_every_layer_refitted(name, image_folder, tmp_path, capsys):
     torch.manual_seed(0)

@@ -11,7 +11,6 @@ from sparsity.results.statistics import halves
 from sparsity.results.store import read_sweep
 from sparsity.sweep.level import Evaluator
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 STEM = "colours_small_net"
 FLAGS = ["--tolerance", "4", "--levels", "0:100:10", "--allocation", "uniform", "global"]
 

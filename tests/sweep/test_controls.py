@@ -6,7 +6,6 @@ from helpers import files_of, stub_times, sweep
 
 from sparsity.results.rows import read_rows
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 STEM = "colours_resnet18"
 
 

@@ -12,7 +12,6 @@ from sparsity.networks.families import load_network
 from sparsity.networks.layers import prunable_layers
 from sparsity.sweep import export as exporting
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 STEM = "colours_resnet18"
 
 

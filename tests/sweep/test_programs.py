@@ -21,7 +21,6 @@ from sparsity.networks.program import METADATA, FromPixels, answers
 from sparsity.results.store import read_sweep
 from sparsity.sweep.export import ExportFiles
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 STEM = "colours_resnet18"
 WRITES_ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
 ALONE = """

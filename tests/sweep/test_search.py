@@ -12,7 +12,6 @@ from sparsity.sweep.level import Evaluator
 from sparsity.sweep.search import levels_ahead, search_levels
 from sparsity.system.methods import Curve
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 UNIFORM = Curve("l1", "uniform", "none")
 STEM = "colours_small_net_pruning"
 TABLE = f"{STEM}.csv"
@@ -59,9 +58,7 @@ def test_rows_that_lack_a_measurement_are_visited_again(files):
 def whole(accurate, tmp_path_factory):
     """The folder of a full sweep of 201 levels."""
     out = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsity.figures.accuracy.plot_all", lambda files: None)
-        assert sweep(out, *accurate, "--criterion", "random", "--levels", "0:100:0.5") == 0
+    assert sweep(out, *accurate, "--criterion", "random", "--levels", "0:100:0.5") == 0
     return out
 
 

@@ -21,7 +21,6 @@ from sparsity.sweep import timing
 from sparsity.sweep.timing import Timer, time_inference
 from sparsity.system.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 NOISE = Split(torch.zeros(128, 3, 16, 16, dtype=torch.uint8), torch.zeros(128), (0, 0, 0), (1, 1, 1))
 
 
