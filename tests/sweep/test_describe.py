@@ -2,9 +2,7 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
 import torch
 from conftest import SmallNet, awaken
 from helpers import ROOT
@@ -112,10 +110,6 @@ def test_layers_that_are_not_refitted_are_named(small_split):
     )
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_script_describes_and_writes_nothing(tmp_path, monkeypatch, tiny_checkpoint, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--describe", "--checkpoint", str(tiny_checkpoint), "--threads", "1", "--levels", "0,50"]
@@ -128,9 +122,6 @@ def test_the_script_describes_and_writes_nothing(tmp_path, monkeypatch, tiny_che
     assert "a sweep of these flags: about 0:00:" in told and "7 networks x 24 images" in told
     assert "2,048 calibration images" in told and told.endswith("no time for training")
     assert not list(tmp_path.iterdir())
-    for flag in ("--measure", "--restart"):
-        with pytest.raises(SystemExit):
-            pruning.main([*flags, flag])
 
 
 def test_the_networks_of_others_are_described(small_split):

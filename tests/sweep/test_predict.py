@@ -13,7 +13,6 @@ from sparsity.data.images import normalise
 from sparsity.data.sources import read_image
 from sparsity.networks import checkpoint
 from sparsity.networks.families import load_network
-from sparsity.sweep.flags import parse_args
 
 
 def predict(*words) -> int:
@@ -150,19 +149,3 @@ def onnxruntime_is_there() -> bool:
     from sparsity.networks.onnx_file import READERS, missing
 
     return not missing(READERS)
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("--predict net.pth", "--predict takes a file of a network and one or more images"),
-        ("--predict net.pth a.png --levels 50", "--predict sweeps nothing; leave out --levels"),
-        ("--predict net.pth a.png --device cpu --checkpoint b.pth", "leave out --checkpoint, --device"),
-        ("--predict net.pth a.png --mean half", "--mean and --std belong together"),
-        ("--export 50 --export_format onnx --export_precision bf16", "--export_format onnx is written in fp32"),
-    ],
-)
-def test_flags_without_a_meaning_beside_predict_and_onnx_are_refused(flags, said, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_args(flags.split())
-    assert stop.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
