@@ -56,7 +56,7 @@ def test_a_folder_is_read_as_torchvision_reads_it_and_a_choice_of_it_too(tmp_pat
     ("damage", "said"),
     [
         (lambda root: (root / "test").rename(root / "validation"), "test is not there"),
-        (lambda root: shutil.rmtree(root / "test" / "violet"), "different classes"),
+        (lambda root: shutil.rmtree(root / "test" / "violet"), r"different classes \(violet\)"),
         (lambda root: [path.unlink() for path in (root / "test" / "red").iterdir()], "every class folder needs images"),
         (lambda root: [shutil.rmtree(path) for path in root.glob("t*/*")], "every class folder needs images"),
         (lambda root: (root / "test" / "red" / "002.png").write_bytes(b"\x89PNG not an image"), "red/002.png is not"),

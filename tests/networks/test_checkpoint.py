@@ -1,6 +1,7 @@
 """Checkpoints travel to and from other code, and what is not one is refused in a line, without running it."""
 
 import hashlib
+import io
 import os
 import pickle
 from argparse import Namespace
@@ -61,6 +62,13 @@ class Evil:
         return open, ("pwned", "w")
 
 
+def saved_bytes(content):
+    """The bytes of a file of `torch.save`."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
 def changed(name, change):
     """A checkpoint with one tensor changed."""
     return lambda state: {"net": state | {name: change(state[name].clone())}}
@@ -70,6 +78,7 @@ CONTENTS = {
     "code": (lambda state: {"net": state, "x": Evil()}, "refused.*open.*could run code"),
     "bare pickle of code": (lambda state: pickle.dumps(Evil()), "refused"),
     "text": (lambda state: b"hello", "damaged|refused"),
+    "cut short": (lambda state: saved_bytes(state)[:-500], "is damaged, cut short"),
     "a tensor": (lambda state: torch.zeros(3), "no state dict"),
     "no tensors": (lambda state: {"net": {"conv1.weight": 5}}, "no state dict"),
     "nan": (changed("bn1.bias", lambda v: v / 0), "bn1.bias holds NaN"),
@@ -174,7 +183,7 @@ def test_a_file_without_a_network_is_refused_in_one_line_and_not_run(tmp_path, m
     make, said = CONTENTS[kind]
     assert_refused(write(tmp_path / "bad.pth", make(state)), said)
     for form in ("npz", "safetensors"):
-        assert_refused(write(tmp_path / f"bad.{form}", make(state)), "damaged")
+        assert_refused(write(tmp_path / f"bad.{form}", make(state)), "is damaged, cut short")
     assert not (tmp_path / "pwned").exists()
 
 

@@ -88,9 +88,12 @@ def test_a_network_of_torchvision_is_built_new_and_rebuilt_from_its_checkpoint_a
         ("timm:resnet18", {}, "needs timm, which is not installed here"),
     ],
 )
-def test_a_library_gives_networks_without_weights_of_others(arch, arguments, said):
-    with pytest.raises(UserError, match=said):
-        families.build(families.describe(arch, 3, 0, arguments))
+def test_a_library_gives_networks_without_weights_of_others(tmp_path, arch, arguments, said):
+    spec = families.describe(arch, 3, 0, arguments)
+    torch.save({"net": {"a.weight": torch.zeros(1)}, "epoch": 1, "model": spec}, tmp_path / "net.pth")
+    for opened in (lambda: families.build(spec), lambda: families.load_network(tmp_path / "net.pth")):
+        with pytest.raises(UserError, match=said):
+            opened()
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,7 @@ def test_a_checkpoint_that_describes_no_network_is_refused(tmp_path, wrong):
 
 def test_a_checkpoint_makes_no_file_run_and_tells_what_to_type(place):
     path, model = saved(place / "net.pth", spec_of(width=5))
+    plain, _ = saved(place / "plain.pth", spec_of())
     (place / "ran").unlink()
     for arch in ("net.py:net", f"{place}/net.py:net", "net.py:net; rm x"):
         torch.save(torch.load(path) | {"model": spec_of(width=5) | {"arch": arch}}, place / "named.pth")
@@ -129,8 +133,9 @@ def test_a_checkpoint_makes_no_file_run_and_tells_what_to_type(place):
     ):
         with pytest.raises(UserError, match=said):
             families.load_network(path, families.named(named, {}))
-    with pytest.raises(UserError, match="holds a network of --arch_args width=5; leave --arch_args out"):
-        families.load_network(path, families.named("net.py:net", {"width": 6}))
+    for there, words in ((path, "width=5"), (plain, r"\(none\)")):
+        with pytest.raises(UserError, match=f"holds a network of --arch_args {words}; leave --arch_args out"):
+            families.load_network(there, families.named("net.py:net", {"width": 6}))
     assert not (place / "ran").exists()
     found, network = families.load_network(path, families.named("net.py:net", {}))
     assert found.model == spec_of(width=5) and same_bits(network.state_dict(), model.state_dict())

@@ -1,6 +1,5 @@
 """Bad input: one clear line on stderr, exit status 1, no traceback, and no file that was there changed."""
 
-import shutil
 import signal
 from pathlib import Path
 
@@ -24,20 +23,16 @@ def made(tmp_path_factory, tiny_checkpoint):
     broken = {
         "good": content,
         "bare": {"net": net, "epoch": 1},
-        "width": content | {"model": content["model"] | {"width": 8}},
         "huge": content | {"net": net | {"linear.weight": torch.full_like(net["linear.weight"], 3e38)}},
         "larger": content | {"data": content["data"] | {"image_size": 16}},
         "widths": content | {"model": content["model"] | {"widths": {"layer1.0.conv1": 300}}},
     }
     for name, damaged in broken.items():
         torch.save(damaged, root / f"{name}.pth")
-    (root / "cut.pth").write_bytes((root / "good.pth").read_bytes()[:-500])
     (root / "file").write_text("a file where a folder should be")
-    for name in ("colours", "broken", "uneven", "renamed", "torn"):
+    for name in ("colours", "renamed", "torn"):
         write_image_folder(root / name, train=16, test=8)
-    (root / "broken" / "test" / "red" / "001.png").write_bytes(b"no image")
     (root / "torn" / "train" / "red" / "001.png").write_bytes(b"no image")
-    shutil.rmtree(root / "uneven" / "train" / "red")
     for split in ("train", "test"):
         (root / "renamed" / split / "red").rename(root / "renamed" / split / "orange")
     (root / "states").mkdir()
@@ -48,22 +43,12 @@ def made(tmp_path_factory, tiny_checkpoint):
 SMALL = "--arch resnet18 --width 2 --image_size 8 --epochs 1"
 FOLDER = f"--dataset folder --data_dir colours {SMALL}"
 RUN = {
-    f"{FOLDER} --device privateuseone": "cannot be used here",
-    f"--dataset folder --data_dir {'x' * 300} {SMALL}": "File name too long",
-    f"{FOLDER} --resume": "nothing to resume",
     f"{FOLDER} --resume --checkpoint_dir states": "no training state",
     f"{FOLDER} --checkpoint_dir file": "--checkpoint_dir file cannot be written to",
     f"{FOLDER} --images_dir file/images": "--images_dir file/images cannot be written to",
-    f"--dataset folder --data_dir nowhere {SMALL}": "nowhere/train is not there",
-    f"--dataset folder --data_dir broken {SMALL}": "broken/test/red/001.png is not a readable image",
-    f"--dataset folder --data_dir uneven {SMALL}": "different classes (red)",
 }
 SWEEP = {
-    "": "no checkpoint in checkpoints",
     f"--checkpoint {'c' * 300}.pth": "File name too long",
-    "--checkpoint none.pth": "none.pth is not there; train one",
-    "--checkpoint cut.pth": "cut.pth is damaged, cut short",
-    "--checkpoint width.pth": "does not fit the network",
     "--checkpoint widths.pth": "does not fit the network it describes: the width of layer1.0.conv1",
     "--checkpoint good.pth good.pth": "is the same as",
     "--checkpoint good.pth bare.pth": "differ in network or data",
@@ -71,11 +56,8 @@ SWEEP = {
     "--checkpoint good.pth --data_dir renamed": "other classes",
     "--checkpoint good.pth --max_test_images 5": "too few for 3 classes",
     "--checkpoint good.pth --images_dir file": "--images_dir file cannot be written to",
-    "--checkpoint good.pth --exclude linear.weight": "--exclude linear.weight names no prunable weight",
-    "--checkpoint good.pth --controls none.pth": "none.pth is not there",
     "--checkpoint huge.pth": "gives NaN or Inf for an image of 8 pixels",
     "--checkpoint good.pth --controls larger.pth": "larger.pth was trained on other images",
-    "--checkpoint good.pth --export 60 --checkpoint_dir file": "--checkpoint_dir file cannot be written to",
 }
 CASES = [(run, *item) for item in RUN.items()] + [(pruning, *item) for item in SWEEP.items()]
 

@@ -64,7 +64,7 @@ def test_images_are_those_that_the_flags_or_else_the_checkpoint_name(capsys):
     assert find_source(SAVED, None, None, 64).image_size == 64 and capsys.readouterr().out == ""
     assert find_source(replace(SAVED, data=data), None, None, 16).image_size == 16
     assert "8 pixels; --image_size 16 is used instead" in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not tell its dataset"):
+    with pytest.raises(UserError, match="does not tell its dataset; name one of cifar10, cifar100"):
         find_source(replace(SAVED, model={"num_classes": 3}), None, None)
 
 
