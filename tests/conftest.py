@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from sparsity.data.images import Split
-from sparsity.figures import heatmaps, style
+from sparsity.figures import style
 
 CLASSES = ("green", "red", "violet")
 TINY = ["--arch", "resnet18", "--width", "4", "--image_size", "8", "--batch_size", "16", "--precision", "fp32"]
@@ -139,13 +139,6 @@ def tiny_checkpoint(trained) -> Path:
     return trained / "checkpoints" / "colours_resnet18_ckpt_epoch3.pth"
 
 
-@pytest.fixture(scope="session")
-def other_checkpoint(image_folder, tmp_path_factory) -> Path:
-    """A network of the same kind, trained from another seed."""
-    out = train(image_folder, tmp_path_factory.mktemp("other"), "--epochs", "1", "--seed", "1")
-    return out / "checkpoints" / "colours_resnet18_ckpt_epoch1.pth"
-
-
 NET = """from torch import nn
 def net(num_classes):
     return nn.Sequential(
@@ -209,12 +202,6 @@ def figures(monkeypatch):
     keep = lambda figure, path, *title: made.append(figure) or figure.suptitle("\n".join(title))  # noqa: E731
     monkeypatch.setattr(style, "save_figure", keep)
     return made
-
-
-@pytest.fixture
-def panels(monkeypatch):
-    """Have the heat maps return their panels instead of drawing them."""
-    monkeypatch.setattr(heatmaps, "_plot", lambda sweep, path, about, panels, **more: panels)
 
 
 @pytest.fixture

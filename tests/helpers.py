@@ -41,11 +41,22 @@ def sweep(out: Path, *flags: object, drawn: bool = False) -> int:
         return pruning.main(["--images_dir", str(out), "--precision", "fp32", "--threads", "1", *map(str, flags)])
 
 
+def export(out: Path, *flags: object) -> int:
+    """Exit status of a sweep that writes networks to `out`/files."""
+    return sweep(out, "--checkpoint_dir", out / "files", *flags)
+
+
 def files_of(folder: Path, name: str = "colours_resnet18_pruning") -> Any:
     """The files of a sweep in `folder`."""
     from sparsity.results.files import SweepFiles
 
     return SweepFiles(folder / name)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """The bytes of all files below a folder, without locks and what Python compiles."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".pyc"))
+    return {path: path.read_bytes() for path in files}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -18,6 +18,12 @@ CHOICE = {"criterion": "l1", "allocation": "uniform", "recover": "none", "level"
 WIDE = {"stem": 200, "down": 800}
 
 
+@pytest.fixture
+def panels(monkeypatch):
+    """Have the heat maps return their panels instead of drawing them."""
+    monkeypatch.setattr(heatmaps, "_plot", lambda sweep, path, about, panels, **more: panels)
+
+
 def saved(sweep):
     """The files of a sweep that is on disk."""
     sweep.record("title", "a title")

@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers import LABELS, made_predictions, made_row
+from helpers import LABELS, contents, made_predictions, made_row
 
 from sparsity.results.store import join_parts, open_sweep, read_sweep
 from sparsity.system.errors import UserError
@@ -50,11 +50,6 @@ def fill(files, levels=(0.0, 40.0), **changes):
     return sweep
 
 
-def contents(files):
-    """Every byte beside a sweep's stem."""
-    return {path: path.read_bytes() for path in files.stem.parent.iterdir()}
-
-
 @pytest.mark.parametrize(("classes", "dtype"), [(4, np.uint8), (300, np.uint16)])
 def test_rows_come_back_with_their_predictions_and_added_levels_go_to_their_place(files, classes, dtype):
     head = header()
@@ -88,7 +83,7 @@ def test_another_checkpoint_may_be_added_but_none_replaced(files):
 def test_other_settings_images_and_layers_are_named_and_nothing_is_touched(files):
     fill(files).begin(calibration_sha256="a", training_sha256=None)
     reopen(files).begin(calibration_sha256=None, training_sha256="t")  # a run that needs other images than the first
-    before = contents(files)
+    before = contents(files.stem.parent)
     with pytest.raises(UserError, match=r"precision \(fp32 there, bf16 now\).*--restart.*--name"):
         reopen(files, header(precision="bf16"))
     with pytest.raises(UserError, match=r"test_sha256 \(data there, other now\)"):
@@ -99,7 +94,7 @@ def test_other_settings_images_and_layers_are_named_and_nothing_is_touched(files
     for hashes in ({"calibration_sha256": "b"}, {"training_sha256": "u"}):
         with pytest.raises(UserError, match=f"rows of other {next(iter(hashes)).split('_')[0]} images"):
             reopen(files).begin(**hashes)
-    assert contents(files) == before
+    assert contents(files.stem.parent) == before
     # The order of layers is that of the files: the counts of a row are found by name.
     again = reopen(files, layers=dict(reversed(LAYERS.items())))
     again.add(made_row(5.0), made_predictions(5), dict(reversed(ZEROS.items())))
@@ -133,19 +128,19 @@ def test_curves_stand_in_the_order_of_the_header_then_by_alphabet_and_going_on_w
 
 def test_a_restart_sets_complete_rows_aside_until_the_new_ones_are_complete(files):
     fill(files).pack()
-    old = contents(files)
+    old = contents(files.stem.parent)
     sweep = reopen(files, header(precision="bf16"), restart=True)
-    assert contents(files) == old  # what can fail comes before rows go
+    assert contents(files.stem.parent) == old  # what can fail comes before rows go
     sweep.begin()
     aside = {path.with_name(path.name + ".old"): content for path, content in old.items()}
-    assert aside.items() <= contents(files).items()
+    assert aside.items() <= contents(files.stem.parent).items()
     sweep.add_dense("one.pth", LABELS, {"accuracy": 100.0, "loss": 0.1})
     add(sweep, made_row(5.0))
     begin(files, header(precision="bf16"), restart=True)  # again, after a kill: the partial rows go, the complete stay
-    assert aside.items() <= contents(files).items()
-    assert not [path for path in contents(files) if path == files.csv or ".journal" in path.name]
+    assert aside.items() <= contents(files.stem.parent).items()
+    assert not [path for path in contents(files.stem.parent) if path == files.csv or ".journal" in path.name]
     files.drop_old()
-    assert not aside.keys() & contents(files).keys()
+    assert not aside.keys() & contents(files.stem.parent).keys()
 
 
 def test_the_summary_stays_rows_of_another_machine_are_told_and_the_fingerprint_tells_settings_apart(files, capsys):
@@ -209,7 +204,7 @@ def test_parts_of_several_processes_are_joined_in_the_order_of_one(files, killed
         join_parts(files)
     assert [row.level for row in read_sweep(files).table()] == ([] if killed else [0]) + [5, 20, 40]
     assert read_sweep(files).header["exports"] == {made_row(5.0).key: {"bytes": 1}}
-    assert not [path for path in contents(files) if "_part" in path.name]
+    assert not [path for path in contents(files.stem.parent) if "_part" in path.name]
     join_parts(files)  # with nothing to join
     assert np.array_equal(read_sweep(files).predictions[made_row(5.0).key], made_predictions(5))
     part = sweep.part(1)
@@ -219,7 +214,7 @@ def test_parts_of_several_processes_are_joined_in_the_order_of_one(files, killed
     with pytest.raises(UserError, match=r"part1.npz cannot be read"):
         join_parts(files)
     join_parts(files, restart=True)  # does without them
-    assert not [path for path in contents(files) if "_part" in path.name]
+    assert not [path for path in contents(files.stem.parent) if "_part" in path.name]
 
 
 def test_damaged_files_are_told_in_one_line_or_mean_the_same(files):

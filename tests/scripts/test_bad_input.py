@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_image_folder
-from helpers import kill_when, launch, sweep
+from helpers import contents, kill_when, launch, sweep
 
 import pruning
 import run
@@ -60,10 +60,6 @@ SWEEP = {
     "--checkpoint good.pth --controls larger.pth": "larger.pth was trained on other images",
 }
 CASES = [(run, *item) for item in RUN.items()] + [(pruning, *item) for item in SWEEP.items()]
-
-
-def contents(root):
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 @pytest.mark.parametrize(("script", "flags", "said"), CASES, ids=[f"{c[0].__name__} {c[1]}" for c in CASES])

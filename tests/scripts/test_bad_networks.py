@@ -1,11 +1,11 @@
 """Networks that cannot be used: one clear line on stderr, no traceback, no file of theirs run, none changed."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_image_folder
+from helpers import contents
 
 import pruning
 import run
@@ -92,10 +92,6 @@ SWEEP = {
 }
 CASES = [(run, f"{IMAGES} {flags}", said) for flags, said in RUN.items()]
 CASES += [(pruning, f"--levels 0 --threads 1 --checkpoint {flags}", said) for flags, said in SWEEP.items()]
-
-
-def contents(root: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc"}
 
 
 @pytest.mark.parametrize(("script", "flags", "said"), CASES, ids=[f"{c[0].__name__} {c[1]}" for c in CASES])

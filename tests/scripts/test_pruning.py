@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import train
 from helpers import files_of, rows_of, sweep, without_seconds
 from PIL import Image
 from plain_loop import load_images, plain_result
@@ -24,6 +25,13 @@ def swept(tiny_checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("swept")
     assert sweep(out, "--checkpoint", tiny_checkpoint, drawn=True) == 0
     return files_of(out)
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(image_folder, tmp_path_factory):
+    """A network of the same kind, trained from another seed."""
+    out = train(image_folder, tmp_path_factory.mktemp("other"), "--epochs", "1", "--seed", "1")
+    return out / "checkpoints" / "colours_resnet18_ckpt_epoch1.pth"
 
 
 def test_the_rows_of_21_levels_are_those_of_the_plain_loop(swept, tiny_checkpoint, image_folder):

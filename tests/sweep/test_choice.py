@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import files_of, rows_of, sweep
+from helpers import export, files_of, rows_of, sweep
 
 from sparsity.networks import checkpoint
 from sparsity.results.statistics import halves
@@ -21,10 +21,6 @@ def added(monkeypatch):
     found, add = [], Evaluator.add
     monkeypatch.setattr(Evaluator, "add", lambda self, net: found.append((net.curve, net.level)) or add(self, net))
     return found
-
-
-def export(out, *flags):
-    return sweep(out, "--checkpoint_dir", out / "files", *flags)
 
 
 def rows(out, *without):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import files_of, rows_of, sweep, without_seconds
+from helpers import export, files_of, rows_of, sweep, without_seconds
 
 from sparsity.networks import checkpoint
 from sparsity.networks.families import load_network
@@ -13,10 +13,6 @@ from sparsity.networks.layers import prunable_layers
 from sparsity.sweep import export as exporting
 
 STEM = "colours_resnet18"
-
-
-def export(out, *flags):
-    return sweep(out, "--checkpoint_dir", out / "files", *flags)
 
 
 def restored(path):

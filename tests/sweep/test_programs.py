@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from helpers import PROGRAM_FLAGS, files_of, rows_of, sweep
+from helpers import PROGRAM_FLAGS, export, files_of, rows_of
 from torchvision import models
 
 import pruning
@@ -33,10 +33,6 @@ with torch.no_grad():
     predictions = network(torch.load(sys.argv[2])).argmax(1).tolist()
 print(json.dumps([predictions, json.loads(told["metadata.json"])]))
 """
-
-
-def export(out, *flags):
-    return sweep(out, "--checkpoint_dir", out / "files", *flags)
 
 
 def exported(out, curve, ending=".pt2"):
