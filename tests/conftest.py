@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PROGRAM_FLAGS, files_of, sweep
+from helpers import export, files_of, sweep
 from PIL import Image
 from torch import nn
 
@@ -182,9 +182,16 @@ def swept_at_two(sweep_of_two, tmp_path) -> Path:
 def program_sweep(tiny_checkpoint, tmp_path_factory) -> Path:
     """The folder of a sweep of whole filters of `tiny_checkpoint` whose networks are in `files/*.pt2`."""
     out = tmp_path_factory.mktemp("programs")
-    flags = ["--checkpoint", tiny_checkpoint, "--checkpoint_dir", out / "files", *PROGRAM_FLAGS]
-    assert sweep(out, *flags) == 0
+    flags = ["--criterion", "filter_l1", "--export", "0,50,100", "--export_format", "program"]
+    assert export(out, "--checkpoint", tiny_checkpoint, *flags) == 0
     return out
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """For trainings whose pictures no test looks at."""
+    for name in ("plot_training", "plot_confusion"):
+        monkeypatch.setattr(f"run.{name}", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,6 @@ from sparsity.results.rows import COLUMNS, Row, accuracy_columns, comparison_col
 from sparsity.results.statistics import halves
 
 ROOT = Path(__file__).parents[1]
-PROGRAM_FLAGS = ["--criterion", "filter_l1", "--export", "0,50,100", "--export_format", "program"]
 KILLS = int(os.environ.get("KILLS", "1"))  # how often each kind of run is killed
 
 

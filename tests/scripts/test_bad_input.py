@@ -101,10 +101,9 @@ def test_a_run_that_cannot_start_loses_no_rows(place, capsys):
     assert {path: path.read_bytes() for path in tables} == tables
 
 
-@pytest.mark.parametrize("script", ["run.py", "pruning.py"])
-def test_an_interruption_while_torch_is_imported_is_one_line(script, tmp_path, monkeypatch):
+def test_an_interruption_while_torch_is_imported_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    process = launch(script)
+    process = launch("pruning.py")
     maps = Path(f"/proc/{process.pid}/maps")  # the libraries that the process has opened so far
     err = kill_when(process, lambda: "libtorch" in maps.read_text(), signal.SIGINT)
     assert (process.returncode, err.strip()) == (130, "interrupted before anything was done")

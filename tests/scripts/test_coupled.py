@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from helpers import files_of, rows_of, sweep
 
@@ -11,10 +10,9 @@ from sparsity.networks.families import load_network
 FLAGS = ["--criterion", "filter_l1", "--couple"]
 
 
-@pytest.mark.parametrize("form", ["packed", "dense", "safetensors"])
-def test_files_of_coupled_channels_rebuild_themselves(tiny_checkpoint, tmp_path, capsys, form):
+def test_files_of_coupled_channels_rebuild_themselves(tiny_checkpoint, tmp_path, capsys):
     flags = ["--checkpoint", tiny_checkpoint, "--checkpoint_dir", tmp_path, *FLAGS, "--round_filters", "4"]
-    assert sweep(tmp_path, *flags, "--export", "0,40,100", "--export_format", form) == 0
+    assert sweep(tmp_path, *flags, "--export", "0,40,100") == 0
     assert "coupled: 180 channels can be removed, in 12 groups\n" in capsys.readouterr().out
     dense, half, none = rows_of(files_of(tmp_path).csv)
     assert all("0 predictions differ" in row["notes"] for row in (half, none))
@@ -31,7 +29,7 @@ def test_files_of_coupled_channels_rebuild_themselves(tiny_checkpoint, tmp_path,
     assert float(dense["sparsity"]) == 0 and float(none["sparsity"]) == 100
 
 
-def test_recoveries_and_measurements(tiny_checkpoint, tmp_path):
+def test_recoveries(tiny_checkpoint, tmp_path):
     recoveries = ["--recover", "none", "batchnorm", "reconstruction", "distill"]
     flags = ["--checkpoint", tiny_checkpoint, "--criterion", "filter_activation", "--couple", *recoveries]
     assert sweep(tmp_path, *flags, "--levels", "0,50,100", "--calibration_images", "24") == 0

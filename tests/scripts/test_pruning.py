@@ -150,15 +150,6 @@ def test_a_foreign_checkpoint_is_swept(tiny_checkpoint, image_folder, tmp_path, 
     assert float(row["sparsity"]) == pytest.approx(60, abs=0.2)
 
 
-def test_a_checkpoint_that_has_zeros_is_swept_like_any_other(tiny_checkpoint, tmp_path):
-    content = torch.load(tiny_checkpoint, weights_only=True)
-    content["net"]["layer4.0.conv2.weight"].zero_()
-    torch.save(content, tmp_path / "zeros.pth")
-    assert sweep(tmp_path, "--checkpoint", tmp_path / "zeros.pth", "--levels", "0,50,100") == 0
-    sparsity = [float(row["sparsity"]) for row in rows_of(tmp_path / TABLE)]
-    assert 5 < sparsity[0] < 50 < sparsity[1] < 100 == sparsity[2]
-
-
 def test_outputs_that_are_not_finite_are_told(tiny_checkpoint, tmp_path, capsys):
     """Fused kernels may make 0 of nan, so that the outputs of the network would look sound."""
     content = torch.load(tiny_checkpoint, weights_only=True)

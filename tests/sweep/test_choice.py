@@ -100,7 +100,11 @@ def test_a_curve_that_affords_no_level_is_said_and_has_no_file(accurate, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "more", ["--schedule iterative --recover finetune", "--search", "--search --criterion filter_l1"]
+    "more",
+    [
+        "--schedule iterative --recover finetune",
+        "--search --criterion filter_l1 --recover batchnorm --calibration_images 16",
+    ],
 )
 def test_steps_and_searches_end_in_a_file_of_their_row(accurate, tmp_path, more):
     flags = [*accurate, "--tolerance", "4", *more.split()]
@@ -143,7 +147,7 @@ def test_bad_paths_and_patterns_are_told_before_anything_is_measured(tiny_checkp
         assert export(tmp_path, *flags) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and said in line
-    assert not list(tmp_path.glob("*.csv"))
+    assert not list(tmp_path.glob("*.csv")) and itself.read_bytes() == tiny_checkpoint.read_bytes()
 
 
 def test_rows_of_another_budget_are_not_mixed(swept_at_two, tiny_checkpoint, tmp_path, capsys):

@@ -134,20 +134,6 @@ def test_an_export_is_kept_unless_it_is_damaged_or_another_one_is_wanted(swept_a
     assert path.stat().st_size < 0.8 * len(content)
 
 
-def test_an_export_that_cannot_be_leaves_rows_and_files(swept_at_two, tiny_checkpoint, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,50", "--restart", "--export", "50"]
-    (tmp_path / "files").mkdir()
-    itself = exported(tmp_path, "l1_uniform_none_50.pth")  # the file that the export would be written to
-    itself.write_bytes(tiny_checkpoint.read_bytes())
-    capsys.readouterr()
-    assert export(tmp_path, *flags, "--checkpoint", itself, "--export_format", "dense") == 1
-    assert "would be replaced by the network made of it" in capsys.readouterr().err
-    assert itself.read_bytes() == tiny_checkpoint.read_bytes()
-    assert {path: path.read_bytes() for path in before} == before
-    assert not list(tmp_path.glob("*.old"))
-
-
 def test_a_file_that_comes_back_wrong_is_told(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     def wrong(path, content, precision):
         net = {name: value + 1 if name == "conv1.weight" else value for name, value in content["net"].items()}

@@ -130,9 +130,3 @@ def test_a_killed_search_goes_on_without_repeating_and_one_that_is_done_measures
     capsys.readouterr()
     assert sweep(tmp_path / "whole", *search) == 0
     assert len(added) == 2 * count and f"{count} rows in" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("method", ["--criterion filter_l1", "--recover batchnorm --calibration_images 16"])
-def test_a_tolerance_of_everything_ends_at_100_percent(accurate, tmp_path, capsys, method):
-    assert sweep(tmp_path, *accurate, "--search", "--tolerance", "100", *method.split()) == 0
-    assert ": 100 % of the" in capsys.readouterr().out and len(rows_of(tmp_path / TABLE)) == 8

@@ -13,14 +13,8 @@ from sparsity.training import budget
 from sparsity.training.budget import TRIAL_STEPS, epochs_that_fit, seconds_a_step
 from sparsity.training.schedule import image_sizes
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 SPENT, STATE = {20: 10.0, 24: 14.0, 28: 19.0, 32: 25.0}, "colours_resnet18_last.pth"
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """Trainings draw nothing here."""
-    for name in ("plot_training", "plot_confusion"):
-        monkeypatch.setattr(run, name, lambda *args: None)
 
 
 @pytest.mark.parametrize("start", [0, 20])
