@@ -1,13 +1,13 @@
 """The figure of accuracy: what its lines, names, rings, ticks and labels show."""
 
+import itertools
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from helpers import ink, line_points, made_row, made_sweep
 
-from sparsity.figures import accuracy, labels, style
+from sparsity.figures import accuracy, style
 from sparsity.system.methods import Curve
 
 CHOICE = {"criterion": "l1", "allocation": "uniform", "recover": "none", "level": 40.0, "tolerance": 1.0}
@@ -158,12 +158,11 @@ def test_names_beside_lines_cover_neither_each_other_nor_the_lines_nor_the_edge(
     axes = figures[0].axes[0]
     figures[0].draw_without_rendering()
     names = [text for text in axes.texts if "uniform" in text.get_text()]
-    boxes = np.array([text.get_window_extent().extents for text in names])
-    assert len(boxes) == 4
-    points = labels.Place(axes).points
-    assert not labels._covered(boxes, points, 0).any()
-    assert not any(labels._overlap(boxes, box)[index + 1 :].any() for index, box in enumerate(boxes))
-    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box[:2], box[2:]))
+    boxes = [text.get_window_extent() for text in names]
+    paths = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
+    assert len(boxes) == 4 and not any(path.intersects_bbox(box, filled=False) for path in paths for box in boxes)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
 
 def test_levels_of_multiply_adds_have_an_axis_of_their_own_and_say_their_unit(files, figures):

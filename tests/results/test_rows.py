@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from helpers import made_row, rows_of
 
-from sparsity.results.record import HISTORY_COLUMNS, write_confusion
+from sparsity.results.record import write_confusion
 from sparsity.results.rows import COLUMNS, comparison_columns, read_rows, write_rows
 from sparsity.results.statistics import mcnemar_p
 from sparsity.system.errors import UserError
-from sparsity.system.files import write_csv
 from sparsity.system.flags import level_text
 
 
@@ -43,11 +42,8 @@ def test_the_comparison_counts_both_ways_and_keeps_a_tiny_p():
     assert float(str(p)) == p == pytest.approx(mcnemar_p(1000, 0), rel=1e-5)
 
 
-def test_a_training_has_a_row_an_epoch_and_counts_every_image_once(tmp_path):
+def test_a_confusion_matrix_counts_every_image_once(tmp_path):
     path = tmp_path / "t.csv"
-    rows = [dict(zip(HISTORY_COLUMNS, (epoch, 0.1, 2.5, 30.0, 2.25, 40.0, 1.5, 20), strict=True)) for epoch in (1, 2)]
-    write_csv(path, HISTORY_COLUMNS, rows)
-    assert [{name: float(value) for name, value in row.items()} for row in rows_of(path)] == rows
     labels, predictions = np.array([0, 0, 2, 2, 2]), np.array([0, 2, 2, 2, 0])
     write_confusion(path, ["cat", "dog", "true, or not"], labels, predictions)
     lines = [",".join(row.values()) for row in rows_of(path)]

@@ -123,7 +123,9 @@ def test_several_checkpoints_and_no_level_in_common(files):
 
 
 def test_committed_sweeps_have_sentences_and_committed_simulations_err_in_at_most_one_of_twenty():
-    for table in IMAGES.glob("*/*_pruning.csv"):
+    tables = list(IMAGES.glob("*/*_pruning.csv"))
+    assert tables
+    for table in tables:
         entries = summarise_all(read_sweep(SweepFiles(table.with_suffix(""))), 1.0)
         assert all(entry["sentence"].endswith(".") and "nan" not in entry["sentence"] for entry in entries)
         assert verdicts.rule_text(entries)
