@@ -106,8 +106,16 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("place", [None, "net", "state_dict", "model_state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "model._orig_mod.", "module.model.model."])
+@pytest.mark.parametrize(
+    ("place", "prefix"),
+    [
+        (None, ""),
+        ("net", "module."),
+        ("state_dict", "_orig_mod.module."),
+        ("model_state_dict", "model._orig_mod."),
+        ("model", "module.model.model."),
+    ],
+)
 def test_files_of_other_code_are_read_wherever_the_weights_stand_and_whatever_wraps_them(
     tmp_path, state, place, prefix
 ):

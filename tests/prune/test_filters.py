@@ -21,7 +21,7 @@ from sparsity.prune.pruner import Pruner
 from sparsity.prune.thinning import thin
 from sparsity.system.methods import Curve
 
-LEVELS = [0, 30, 50, 70, 90, 99.5, 100]
+LEVELS = [0, 50, 90, 99.5, 100]
 ARCHS = ["resnet18", "resnet50"]
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 

@@ -13,7 +13,7 @@ from sparsity.prune.pruner import Pruner
 from sparsity.system.methods import ALLOCATIONS, FILTER_ALLOCATIONS, Curve
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
-CURVES = [Curve("l1", name, "none") for name in ALLOCATIONS] + [Curve("random", "uniform", "none")]
+CURVES = [Curve("l1", name, "none") for name in ALLOCATIONS]
 CURVES += [Curve("filter_l1", name, "none") for name in FILTER_ALLOCATIONS]
 
 

@@ -17,7 +17,6 @@ from sparsity.networks.evaluation import evaluate
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.layers import memory_format
 from sparsity.system import machine
-from sparsity.training.recipe import parse_args
 
 STRONG = ["--recipe", "strong", "--epochs", "3", "--ema", "0.6", "--cutout", "2"]
 
@@ -88,13 +87,6 @@ def test_the_reference_recipe_is_a_plain_loop_to_the_bit(trained, image_folder):
             optimizer.step()
         schedule.step()
     assert_same(saved.net, dict(model.state_dict()))
-
-
-@pytest.mark.parametrize(("flags", "zero"), [(["--recipe", "strong"], True), ([], False), (["--zero_init"], True)])
-def test_residual_branches_start_at_zero_where_the_recipe_says_so(flags, zero):
-    args = parse_args(["--arch", "resnet18", "--width", "4", "--precision", "fp32", *flags])
-    model, _ = run.build_network(args, 3, None, torch.device("cpu"))
-    assert all(bool(block.bn2.weight.any()) != zero for block in model.layer3)
 
 
 def test_one_seed_gives_the_same_bits_again_and_another_others(strong, image_folder, tmp_path):

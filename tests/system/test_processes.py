@@ -32,5 +32,5 @@ def test_everybody_hears_what_everybody_says(tmp_path):
         "sys.stdout.write(f'{processes.gather(10 * processes.rank())}, {there};')\n"
         "processes.leave()\n"
     )
-    said = run_to_the_end(worker, tmp_path / "mark", processes=3)
-    assert said.count("[0, 10, 20], True;") == 3
+    said = run_to_the_end(worker, tmp_path / "mark", processes=2)
+    assert said.count("[0, 10], True;") == 2

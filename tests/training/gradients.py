@@ -1,6 +1,6 @@
 """The gradients of a first step by several processes, against those of one, of a small network without BatchNorm.
 
-    torchrun --nproc_per_node=3 tests/training/gradients.py OUT.json
+    torchrun --nproc_per_node=2 tests/training/gradients.py OUT.json
 
 writes the relative L2 distance of all gradients, in float64 and float32, for a batch that the processes share evenly
 and one that they do not.

@@ -45,8 +45,6 @@ def test_a_run_says_and_trains_the_epochs_that_fit_and_a_resumed_one_keeps_to_th
     assert re.search(said, capsys.readouterr().out)
     followed = {"epochs": 3, "T_max": 3, "time_budget": 120.0, "shift": 3, "cutout": 0, "ema": 0.0}
     assert timed["settings"].items() >= followed.items()
-    plain = checkpoints(train(image_folder, tmp_path / "plain", "--recipe", "strong", "--epochs", "3"))[STATE]
-    assert all(torch.equal(value, timed["net"][name]) for name, value in plain["net"].items())
     assert run.main(train_arguments(image_folder, tmp_path, "--time_budget", "30s")) == 1
     assert "no epoch fits into --time_budget: one takes 3" in capsys.readouterr().err
     monkeypatch.setattr(budget, "seconds_a_step", None)  # nothing is timed again

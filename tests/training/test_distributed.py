@@ -13,7 +13,7 @@ from sparsity.training.distributed import average_statistics, replicate, require
 
 def test_gradients_of_one_step_are_those_of_one_process(tmp_path):
     out = tmp_path / "found.json"
-    run_to_the_end("tests/training/gradients.py", out, processes=3)
+    run_to_the_end("tests/training/gradients.py", out, processes=2)
     found = json.loads(out.read_text())
     assert len(found) == 4
     for name, distance in found.items():

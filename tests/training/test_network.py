@@ -35,8 +35,12 @@ def test_a_network_for_one_size_of_images_is_trained_on_that_size_which_is_said(
         build_network(parse_args([*flags, "--arch_args", "size=16"]), 3, None, torch.device("cpu"))
 
 
-def test_a_built_in_network_takes_the_sizes_of_the_recipe():
-    args = parse_args(["--arch", "resnet18", "--width", "4", "--recipe", "strong", "--precision", "fp32"])
+@pytest.mark.parametrize(
+    ("flags", "start_size", "zero"),
+    [(["--recipe", "strong"], 20, True), ([], 0, False), (["--zero_init"], 0, True)],
+)
+def test_a_built_in_network_takes_the_sizes_of_the_recipe_and_starts_its_branches_at_zero(flags, start_size, zero):
+    args = parse_args(["--arch", "resnet18", "--width", "4", "--precision", "fp32", *flags])
     model, spec = build_network(args, 3, None, torch.device("cpu"))
-    assert args.start_size == 20 and spec == {"arch": "resnet18", "num_classes": 3, "width": 4}
-    assert not model.layer1[0].bn2.weight.any()  # --zero_init
+    assert args.start_size == start_size and spec == {"arch": "resnet18", "num_classes": 3, "width": 4}
+    assert all(bool(block.bn2.weight.any()) != zero for block in model.layer3)
