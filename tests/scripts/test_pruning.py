@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from conftest import TINY, train
 from helpers import files_of, rows_of, sweep, without_seconds
 from PIL import Image
 from plain_loop import load_images, plain_result
 
+import run
 from sparsity.networks import checkpoint
 from sparsity.networks.evaluation import evaluate
 from sparsity.results.statistics import wilson_interval
@@ -75,6 +76,18 @@ def test_the_settings_tell_how_to_make_it_again(swept, tiny_checkpoint):
     assert Image.open(swept.png).size[0] >= 800
     assert "\n| l1 uniform | " in swept.with_suffix(".md").read_text()
     assert not list(swept.csv.parent.glob("*part*"))
+
+
+def test_the_demo_ends_in_a_table_without_a_flag_of_the_sweep(tmp_path, monkeypatch, capsys):
+    """The commands at the top of README.md, for a tiny network and one epoch: the newest checkpoint is swept."""
+    monkeypatch.chdir(tmp_path)
+    small = [*TINY, "--batch_size", "128", "--threads", "1"]
+    assert run.main(["--dataset", "synthetic", *small, "--epochs", "1", "--T_max", "8"]) == 0
+    assert sweep(tmp_path / "images") == 0
+    rows = rows_of(tmp_path / "images" / "synthetic_resnet18_pruning.csv")
+    assert [row["level"] for row in rows] == [str(level) for level in range(0, 101, 5)]
+    assert {row["checkpoint"] for row in rows} == {"synthetic_resnet18_ckpt_epoch1.pth"}
+    assert "l1 uniform: " in capsys.readouterr().out
 
 
 def test_a_finished_sweep_takes_more_levels_and_keeps_its_rows(swept, tiny_checkpoint, tmp_path, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsity.data.images import CIFAR10_STATISTICS
+from sparsity.data.images import CIFAR10_STATISTICS, CIFAR100_STATISTICS
 from sparsity.data.sources import Source
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.sweep.header import output_name
@@ -61,6 +61,8 @@ def test_images_are_those_that_the_flags_or_else_the_checkpoint_name(capsys):
     assert find_source(replace(SAVED, data=data), None, None) == Source("folder", Path("there"), 8)
     assert find_source(replace(SAVED, data=data), "cifar10", Path("x")) == Source("cifar10", Path("x"), 8)
     assert find_source(SAVED, None, None) == Source("cifar10", Path("datasets"), 32)
+    hundred = replace(SAVED, model={"arch": "resnet18", "num_classes": 100})
+    assert find_source(hundred, None, None) == Source("cifar100", Path("datasets"), 32)
     assert find_source(SAVED, None, None, 64).image_size == 64 and capsys.readouterr().out == ""
     assert find_source(replace(SAVED, data=data), None, None, 16).image_size == 16
     assert "8 pixels; --image_size 16 is used instead" in capsys.readouterr().out
@@ -80,6 +82,8 @@ def test_images_are_normalised_as_the_flags_or_else_the_checkpoint_tell_and_this
     ):
         assert find_normalisation(saved, source, *flags) == found
         assert capsys.readouterr().out.endswith(said)
+    hundred = Source("cifar100", Path("datasets"), 32)
+    assert find_normalisation(SAVED, hundred, None, None) == tuple(map(list, CIFAR100_STATISTICS))
 
 
 def test_synthetic_stays_in_the_name():
