@@ -155,4 +155,4 @@ def test_rows_of_another_budget_are_not_mixed(swept_at_two, tiny_checkpoint, tmp
     assert sweep(tmp_path, *flags, "--budget", "macs") == 1
     assert "budget (not set there, macs now)" in capsys.readouterr().err
     assert sweep(tmp_path / "macs", *flags, "--budget", "macs", "--allocation", "lamp", "--tolerance", "100") == 0
-    assert "50 % of the multiply-adds chosen" in capsys.readouterr().out
+    assert "chosen level 50 % of the multiply-adds removed" in capsys.readouterr().out
