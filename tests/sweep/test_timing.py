@@ -112,6 +112,15 @@ timing.time_inference(inference_copy(Build_Resnet.resnet50().eval()), None, 128,
         time.sleep(0.05)
 
 
+def test_every_row_is_timed_in_a_fresh_process(tiny_checkpoint, tmp_path):
+    flags = ["--checkpoint", tiny_checkpoint, "--levels", "50", "--measure", "--engine", "sparse"]
+    assert sweep(tmp_path, *flags) == 0
+    (row,) = rows_of(files_of(tmp_path).csv)
+    assert all(float(row[name]) > 0 for name in ("latency_ms", "throughput", "peak_memory_mb", "speedup"))
+    header = json.loads(files_of(tmp_path).json.read_text())
+    assert header["measurement"]["runs"] >= 20 and header["dense"][tiny_checkpoint.name]["throughput"] > 0
+
+
 def test_times_are_added_to_rows_and_kept(swept_at_two, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     timed = stub_times(monkeypatch)
     flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,50"]
@@ -119,8 +128,6 @@ def test_times_are_added_to_rows_and_kept(swept_at_two, tiny_checkpoint, tmp_pat
     assert [row["throughput"] for row in rows_of(swept_at_two)] == ["", ""]
     assert sweep(tmp_path, *both) == 0
     rows, count = rows_of(swept_at_two), len(timed)
-    header = json.loads(files_of(tmp_path).json.read_text())
-    assert header["measurement"]["runs"] >= 20 and header["dense"][tiny_checkpoint.name]["throughput"] > 0
     # Masks are timed as the dense network, filters as the thin one.
     assert [float(row["speedup"]) for row in rows[:3]] == [1, 1, 1] and float(rows[3]["speedup"]) > 1.5
     assert sweep(tmp_path, *both) == 0 and len(timed) == count
