@@ -59,7 +59,9 @@ def savings_lines(sweep: Sweep, exported: Collection[tuple[Curve, float]] = ()) 
 
 def _file_line(row: Row, entry: dict[str, Any]) -> str:
     """The file of a row in words, from its entry in the JSON."""
-    told = f", {entry['reporting_accuracy']:.2f} % on the {entry['reporting_images']:,} images for reporting"
+    told = ""
+    if "reporting_accuracy" in entry:  # committed records of two sweeps do not tell it
+        told = f", {entry['reporting_accuracy']:.2f} % on the {entry['reporting_images']:,} images for reporting"
     least = f" (mask entropy and raw values: {entry['entropy_and_values']:.2f})" * entry["file"].endswith(".npz")
     return (
         f"{curve_name(row.curve)} at {level_text(row.level)} %, {entry['file']}: {entry['bytes']:,} bytes "
