@@ -18,15 +18,8 @@ from sparsity.system.files import write_json
 from sparsity.system.methods import Curve
 
 IMAGES = ("calibration_sha256", "training_sha256")  # hashes in the JSON, of images of the training split
-KEPT = (
-    *IMAGES,
-    "commands",
-    "summary",
-    "comparisons",
-    "measurement",
-    "exports",
-    "controls",
-)  # entries that a run takes over
+# Entries that a later run takes over.
+KEPT = (*IMAGES, "commands", "summary", "comparisons", "measurement", "exports", "controls")
 RUN = ("command", "machine", "versions")  # entries of the latest run; `commands` lists those of all that measured
 
 
