@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from sparsity.data.images import SHIFT, Split, training_batches
+from sparsity.data.images import SHIFT, Split, batch_bounds, training_batches
 from sparsity.networks.layers import BatchNorm, InAttention, Layer, memory_format
 from sparsity.system.errors import UserError
 from sparsity.training.epoch import train_one_epoch
@@ -16,10 +17,14 @@ from sparsity.training.schedule import linear_factor
 
 @dataclass(frozen=True)
 class Finetuning:
-    """The recipe of fine-tuning: `rates` holds the learning rate of each epoch; `shift` and `border` augment."""
+    """The recipe of fine-tuning on the images of `train`, which `shift` and `border` augment.
+
+    `rate` gives the learning rate after so many epochs of fine-tuning, from 0 to `epochs`.
+    """
 
     train: Split
-    rates: tuple[float, ...]
+    epochs: int
+    rate: Callable[[float], float]
     batch_size: int
     momentum: float
     weight_decay: float
@@ -28,18 +33,17 @@ class Finetuning:
     border: str = "zeros"
 
 
-def rewound_rates(
+def rewound_rate(
     learning_rate: float, t_max: int, trained: int, epochs: int, warmup: int = 0, warmup_share: float | None = None
-) -> tuple[float, ...]:
-    """The learning rates of the last `epochs` of a training of `trained` epochs (Renda et al., arXiv 2003.02389).
+) -> Callable[[float], float]:
+    """The `rate` of a Finetuning that repeats the last `epochs` of `trained` ones (Renda et al., arXiv 2003.02389).
 
     The training's schedule is that of `make_schedule` or, with a `warmup_share`, that of `make_linear_schedule` over
-    `t_max` epochs, each of which gets the rate of its middle. It is repeated from its start for more epochs than it
-    had.
+    `t_max` epochs. It is repeated from its start for more epochs than it had.
     """
+    begin = trained - epochs
     if warmup_share is not None:
-        places = [(index % trained + 0.5) / t_max for index in range(trained - epochs, trained)]
-        return tuple(learning_rate * linear_factor(place, warmup_share) for place in places)
+        return lambda place: learning_rate * linear_factor((begin + place) % trained / t_max, warmup_share)
     optimizer = make_optimizer("sgd", nn.Linear(1, 1), learning_rate, 0.0, 0.0)
     schedule = make_schedule(optimizer, t_max, warmup)
     rates = []
@@ -47,7 +51,7 @@ def rewound_rates(
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()  # without gradients: only so that the schedule may be stepped
         schedule.step()
-    return tuple(rates[index % trained] for index in range(trained - epochs, trained))
+    return lambda place: rates[(begin + int(place)) % trained]
 
 
 def mask_enforcer(model: nn.Module, layers: dict[str, Layer]) -> Callable[[], None]:
@@ -84,15 +88,22 @@ def finetune(model: nn.Module, layers: dict[str, Layer], tuning: Finetuning, see
     draws order and augmentation. The model is in eval mode afterwards. Raises UserError where the loss is not finite.
     """
     model.to(memory_format=memory_format(model))
-    optimizer = make_optimizer("sgd", model, tuning.rates[0], tuning.momentum, tuning.weight_decay)
+    optimizer = make_optimizer("sgd", model, 1.0, tuning.momentum, tuning.weight_decay)
+    steps = len(batch_bounds(len(tuning.train), tuning.batch_size))
+    # A step has the learning rate of its middle.
+    schedule = LambdaLR(optimizer, lambda step: tuning.rate((step + 0.5) / steps))
     enforce_masks = mask_enforcer(model, layers)
-    for epoch, rate in enumerate(tuning.rates, start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+
+    def after_step() -> None:
+        enforce_masks()
+        schedule.step()
+
+    for epoch in range(1, tuning.epochs + 1):
         augmentation = {"shift": tuning.shift, "border": tuning.border}
         batches = training_batches(tuning.train, tuning.batch_size, seed, epoch, **augmentation)
         try:
-            train_one_epoch(model, batches, optimizer, tuning.dtype, epoch, after_step=enforce_masks)
+            train_one_epoch(model, batches, optimizer, tuning.dtype, epoch, after_step=after_step)
         except UserError as error:  # its advice names a flag of training
-            raise UserError(f"fine-tuning diverged at rate {rate:g}; use a smaller --finetune_learning_rate") from error
+            rate = f"{optimizer.param_groups[0]['lr']:g}"
+            raise UserError(f"fine-tuning diverged at rate {rate}; use a smaller --finetune_learning_rate") from error
     model.eval()

@@ -1,7 +1,7 @@
 """The inputs of a sweep: checkpoints, test images, calibration images, training images for recoveries."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sparsity.networks.families import load_network, named
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.outputs import require_logits
 from sparsity.recover.batchnorm import augmentation_distances
-from sparsity.recover.finetune import rewound_rates
+from sparsity.recover.finetune import rewound_rate
 from sparsity.sweep.flags import CALIBRATION_IMAGES
 from sparsity.system import processes
 from sparsity.system.errors import UserError
@@ -35,21 +35,21 @@ REFERENCE_TRAINING = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, 
 CHOICE_IMAGES = 512  # by whose statistics an augmentation is chosen; twice as many choose the same
 
 
-def finetuning_rates(args: argparse.Namespace, saved: Checkpoint) -> tuple[float, ...]:
-    """The learning rate of each epoch; for 'rewind' those of the last epochs of the checkpoint's training."""
+def finetuning_rate(args: argparse.Namespace, saved: Checkpoint) -> Callable[[float], float]:
+    """The learning rate after so many epochs of fine-tuning; for 'rewind' that of the last ones of the training."""
     rate, epochs, told = args.finetune_learning_rate, args.finetune_epochs, saved.settings
     if rate != "rewind":
-        return (rate,) * epochs
+        return lambda place: rate
     if not saved.epoch or not {"learning_rate", "T_max"} <= told.keys():
         raise UserError(
             f"{saved.path} does not tell the learning rates of its training; give --finetune_learning_rate a number"
         )
     share = told["warmup_share"] if told.get("schedule_shape") == "linear" else None
     schedule = told["T_max"], saved.epoch, epochs, told.get("warmup_epochs", 0), share
-    rates = rewound_rates(told["learning_rate"], *schedule)
-    if not any(rates):
+    rewound = rewound_rate(told["learning_rate"], *schedule)
+    if not any(rewound(epoch + 0.5) for epoch in range(epochs)):
         raise UserError(f"{saved.path}: the last learning rates of its training are 0; use more --finetune_epochs")
-    return rates
+    return rewound
 
 
 def training_recipe(saved: Checkpoint) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def describe_checkpoints(
             raise UserError(f"--checkpoint {path} is the same as {(twins or [name])[0]}; name each one once")
         described[name] = {"sha256": saved.sha256, "epoch": saved.epoch}
         if "finetune" in args.recover:
-            finetuning_rates(args, saved)  # whether they can be rewound is found out before long work
+            finetuning_rate(args, saved)  # whether they can be rewound is found out before long work
         data = saved.data or {}
         alike.append((saved.model, *(data.get(key) for key in ("dataset", "image_size", "mean", "std", "classes"))))
         if alike[-1] != alike[0]:

@@ -21,7 +21,7 @@ from sparsity.recover.finetune import Finetuning
 from sparsity.results.rows import row_key
 from sparsity.results.store import Sweep
 from sparsity.sweep import work
-from sparsity.sweep.inputs import Inputs, distillation_images, finetuning_rates, load_training_images, training_recipe
+from sparsity.sweep.inputs import Inputs, distillation_images, finetuning_rate, load_training_images, training_recipe
 from sparsity.sweep.level import Evaluator
 from sparsity.system import processes
 from sparsity.system.errors import UserError
@@ -83,7 +83,8 @@ class Networks:
         args, dtype = self.args, DTYPES[self.args.precision]
         tuning = distillation = None
         if "finetune" in args.recover and self.train is not None:
-            tuning = Finetuning(self.train, finetuning_rates(args, saved), **training_recipe(saved), dtype=dtype)
+            rate = finetuning_rate(args, saved)
+            tuning = Finetuning(self.train, args.finetune_epochs, rate, **training_recipe(saved), dtype=dtype)
         if "distill" in args.recover and self.train is not None:
             images, augmentation = distillation_images(args, self.train), self.calibration.augmentation
             distillation = Distillation(images, augmentation, args.distill_epochs, args.distill_learning_rate, dtype)

@@ -132,7 +132,8 @@ def test_masks_recoveries_and_the_evaluated_copy_agree(case, images, level):
     dense, expected, pixels = case
     before, calibration = copy.deepcopy(dense.state_dict()), Calibration(images)
     layers = prunable_layers(dense, EXAMPLE)
-    means = Means(dense, tuple(layers), calibration, Finetuning(images, (0.01,), 12, 0.9, 5e-4, torch.float32))
+    tuning = Finetuning(images, 1, lambda place: 0.01, 12, 0.9, 5e-4, torch.float32)
+    means = Means(dense, tuple(layers), calibration, tuning)
     outputs = {}
     for recovery in ("none", "batchnorm", "reconstruction", "finetune"):
         model, _ = pruned(dense, level, recover=recovery)

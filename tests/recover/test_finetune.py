@@ -16,15 +16,15 @@ from sparsity.networks.layers import prunable_layers
 from sparsity.prune.masks import prune_l1_uniform
 from sparsity.prune.pruner import Pruner
 from sparsity.prune.thinning import thin
-from sparsity.recover.finetune import Finetuning, finetune, rewound_rates
+from sparsity.recover.finetune import Finetuning, finetune, rewound_rate
 from sparsity.system.errors import UserError
 from sparsity.system.methods import Curve
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
 
-def recipe(split, *rates, weight_decay=5e-4, dtype=torch.float32):
-    return Finetuning(split, rates, 16, 0.9, weight_decay, dtype)
+def recipe(split, rate, epochs=1, weight_decay=5e-4, dtype=torch.float32):
+    return Finetuning(split, epochs, lambda place: rate, 16, 0.9, weight_decay, dtype)
 
 
 def pruned(dense):
@@ -49,7 +49,7 @@ def test_the_loss_falls_under_masks_that_hold_in_every_step_and_the_seed_repeats
 
     handle = model.register_forward_pre_hook(look)
     for network, masked in ((model, layers), (again, others)):
-        finetune(network, masked, recipe(small_split, *[0.05] * 5, dtype=dtype), 1)
+        finetune(network, masked, recipe(small_split, 0.05, epochs=5, dtype=dtype), 1)
     handle.remove()
     assert len(regrown) == 5 * 4 * 3 and not any(regrown)
     assert zeros_by_layer(layers) == counts and loss_of(model, small_split) < before
@@ -66,24 +66,38 @@ def test_removed_filters_and_emptied_blocks_stay_removed(small_split, arch, leve
     layers = list(prunable_layers(dense, EXAMPLE))
     model, _ = Pruner(dense, layers).prune(Curve("filter_l1", "uniform", "finetune"), level)
     before = thin(model)
-    finetune(model, {name: model.get_submodule(name) for name in layers}, recipe(small_split, 0.05, 0.05), 0)
+    finetune(model, {name: model.get_submodule(name) for name in layers}, recipe(small_split, 0.05, epochs=2), 0)
     after = thin(model)
     assert (after.widths, after.removed, after.dead) == (before.widths, before.removed, before.dead)
     assert not torch.equal(model.linear.weight, dense.linear.weight)
     assert model.layer1[0].bn2.bias.any() == (level <= 50)
 
 
-def test_rewound_rates_are_the_last_of_the_training_and_too_large_ones_name_their_own_flag(small_net, small_split):
+def test_rewound_rates_are_those_of_the_last_epochs_of_the_training():
     # The study's schedule: 60 epochs, half period 20, down, up, down.
-    assert rewound_rates(0.01, 20, 60, 1)[0] == pytest.approx(0.01 * (1 + np.cos(np.pi * 59 / 20)) / 2)
-    rates = rewound_rates(0.01, 20, 60, 20)
-    assert rates[0] == pytest.approx(0.01) and list(rates) == sorted(rates, reverse=True)
-    assert rewound_rates(0.1, 2, 2, 3) == pytest.approx((0.05, 0.1, 0.05))
-    linear = (0.06, 0.1, 0.06, 0.02)  # each epoch at the rate of its middle, the first in the warm-up
-    assert rewound_rates(0.12, 4, 4, 4, warmup_share=0.25) == pytest.approx(linear)
-    assert rewound_rates(0.12, 4, 3, 4, warmup_share=0.25) == pytest.approx((0.06, *linear[:3]))
+    assert rewound_rate(0.01, 20, 60, 1)(0.5) == pytest.approx(0.01 * (1 + np.cos(np.pi * 59 / 20)) / 2)
+    last = rewound_rate(0.01, 20, 60, 20)
+    rates = [last(epoch + 0.9) for epoch in range(20)]
+    assert rates[0] == pytest.approx(0.01) and rates == sorted(rates, reverse=True)
+    again = rewound_rate(0.1, 2, 2, 3)
+    assert [again(epoch + 0.5) for epoch in range(3)] == pytest.approx([0.05, 0.1, 0.05])
+    linear = rewound_rate(0.12, 4, 4, 4, warmup_share=0.25)  # which changes with each batch
+    assert [linear(place) for place in (0, 0.5, 1, 2, 3, 3.9)] == pytest.approx([0, 0.06, 0.12, 0.08, 0.04, 0.004])
+    again = rewound_rate(0.12, 4, 3, 4, warmup_share=0.25)
+    assert [again(place) for place in (0, 0.5, 1, 1.5, 3.5)] == pytest.approx([0.08, 0.06, 0, 0.06, 0.06])
+
+
+def test_every_step_has_the_rate_of_its_middle_and_too_large_ones_name_their_own_flag(small_net, small_split):
+    places = []
+    told = replace(recipe(small_split, 0.05, epochs=2), rate=lambda place: places.append(place) or 0.0)
+    model, layers = pruned(small_net)
+    before = model.stem.weight_orig.detach() * model.stem.weight_mask
+    finetune(model, layers, told, 0)
+    steps = -(-len(small_split) // 16)
+    assert places[: 2 * steps] == pytest.approx([(step + 0.5) / steps for step in range(2 * steps)])
+    assert torch.equal(model.stem.weight_orig, before)
     with pytest.raises(UserError, match="smaller --finetune_learning_rate"):
-        finetune(*pruned(small_net), recipe(small_split, 1e20, 1e20, 1e20, weight_decay=0.1), 0)
+        finetune(*pruned(small_net), recipe(small_split, 1e20, epochs=3, weight_decay=0.1), 0)
 
 
 def test_training_images_are_augmented_as_told(small_net, small_split):

@@ -66,7 +66,7 @@ def test_zeros_stay_exactly_zero_and_the_dense_network_keeps_its_weights(resnet,
     """With a subset of positions, as in every sweep of a large network."""
     assert RECOVERIES.keys() == methods.RECOVERIES.keys()  # the names are those of the flags
     before = copy.deepcopy(resnet.state_dict())
-    recipes = {"tuning": Finetuning(calibration.images, (0.01,), 16, 0.9, 5e-4, dtype)}
+    recipes = {"tuning": Finetuning(calibration.images, 1, lambda place: 0.01, 16, 0.9, 5e-4, dtype)}
     recipes["distillation"] = Distillation(calibration.images, Augmentation(), 1, 0.01, dtype)
     means = means_of(resnet, replace(calibration, dtype=dtype, position_limit=40 * 6), **recipes)
     for sparsity in (0.0, 0.5, 0.9, 1.0):

@@ -14,7 +14,7 @@ from sparsity.sweep.inputs import (
     distinct_names,
     find_normalisation,
     find_source,
-    finetuning_rates,
+    finetuning_rate,
     training_recipe,
 )
 from sparsity.system.errors import UserError
@@ -36,13 +36,14 @@ def test_checkpoints_go_by_the_shortest_ends_of_their_paths_that_tell_them_apart
 
 def test_rewinding_uses_the_rates_of_the_training():
     def rates(saved, rate, epochs):
-        return finetuning_rates(Namespace(finetune_learning_rate=rate, finetune_epochs=epochs), saved)
+        found = finetuning_rate(Namespace(finetune_learning_rate=rate, finetune_epochs=epochs), saved)
+        return [found(epoch + 0.5) for epoch in range(epochs)]
 
     saved = replace(SAVED, settings={"learning_rate": 0.01, "T_max": 2})
-    assert rates(saved, "rewind", 2) == pytest.approx((0.01, 0.005))
+    assert rates(saved, "rewind", 2) == pytest.approx([0.01, 0.005])
     linear = {"learning_rate": 0.12, "T_max": 4, "schedule_shape": "linear", "warmup_share": 0.25, "warmup_epochs": 0}
-    assert rates(replace(SAVED, epoch=4, settings=linear), "rewind", 3) == pytest.approx((0.1, 0.06, 0.02))
-    assert rates(SAVED, 0.3, 2) == (0.3, 0.3)
+    assert rates(replace(SAVED, epoch=4, settings=linear), "rewind", 3) == pytest.approx([0.1, 0.06, 0.02])
+    assert rates(SAVED, 0.3, 2) == [0.3, 0.3]
     with pytest.raises(UserError, match="does not tell the learning rates"):
         rates(SAVED, "rewind", 2)
     with pytest.raises(UserError, match="of its training are 0"):
