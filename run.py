@@ -199,11 +199,12 @@ def conclude(
         "test_accuracy": final.accuracy,
     }
     write_json(curve.with_suffix(".json"), facts)
-    title = f"{short_name(args.arch)} on {data['name']}, {args.image_size} px, {len(history)} epochs"
+    width = f" of width {args.width}" if args.width != 64 else ""
+    title = f"{short_name(args.arch)}{width} on {data['name']}, {args.image_size} px, {len(history)} epochs"
     smoothed = f", labels smoothed by {args.label_smoothing:g}" if args.label_smoothing else ""
     pictures = curve.with_suffix(".png"), confusion.with_suffix(".png")
-    plot_training(curve, pictures[0], f"Training {title}{smoothed}")
-    plot_confusion(confusion, pictures[1], f"{title}: test accuracy {final.accuracy:.2f} %")
+    plot_training(curve, pictures[0], title + smoothed)
+    plot_confusion(confusion, pictures[1], title)
     print(f"Test accuracy: {final.accuracy:.2f} % ({final.correct:,} of {final.total:,} images)")
     print(f"wrote {', '.join(map(str, (network, curve.with_suffix('.json'), *pictures)))}")
 

@@ -60,4 +60,5 @@ def plot_confusion(table: Path, picture: Path, title: str) -> None:
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=font)
     axes.set_yticks(range(len(names)), names, fontsize=font)
     axes.set(xlabel="predicted class", ylabel="true class (images)")
-    style.save_figure(figure, picture, title)
+    accuracy = 100 * np.trace(counts) / counts.sum()
+    style.save_figure(figure, picture, f"{accuracy:.2f} % test accuracy", title)
