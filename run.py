@@ -82,10 +82,10 @@ def train(args: Namespace) -> None:
         result = evaluate_shared(network, test, default_batch_size(device))
         figures = (epoch, rate, loss, accuracy, result.loss, result.accuracy, time.perf_counter() - started, size)
         history.append(dict(zip(HISTORY_COLUMNS, figures, strict=True)))
-        print_epoch(history[-1], args)
         if processes.first():
             content = describe_network(args, tested, spec, data, history)
             save_epoch(content, numbered.get(epoch), last, resume.training_progress(parts, history))
+        print_epoch(history[-1], args)
 
     final = evaluate_shared(network, test, default_batch_size(device))
     if processes.first():

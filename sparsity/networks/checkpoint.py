@@ -113,10 +113,12 @@ def load(path: Path) -> Checkpoint:
         raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)|`(\S+)`? was not an allowed global", str(error))
-        problem = f"holds the object {found[1] or found[2]}, which could run code" if found else "is not a checkpoint"
-        raise UserError(f"{path} is refused: it {problem}; save only the state_dict() of a network") from error
+        if not found:
+            raise UserError(f"{path} is damaged or no file of torch.save; save a state_dict()") from error
+        held = f"the object {found[1] or found[2]}, which could run code"
+        raise UserError(f"{path} is refused: it holds {held}; save only the state_dict() of a network") from error
     except Exception as error:  # damaged bytes surface as almost any exception from the readers of zip, pickle, JSON
-        reason = one_line(error)[:120] or type(error).__name__
+        reason = one_line(error).split(". ")[0][:120] or type(error).__name__
         raise UserError(f"{path} is damaged, cut short or not a checkpoint ({reason})") from error
     epoch = content.get("epoch")
     return Checkpoint(

@@ -55,7 +55,7 @@ def require_same(table: Path, there: dict[str, Any], now: dict[str, Any], layers
     if layers[0] != layers[1]:
         # With other layers, or other numbers of weights in them, sparsity is a share of something else.
         changed = ", ".join(sorted({name for name, _ in layers[0].items() ^ layers[1].items()}))
-        differing.append(f"prunable layers ({len(layers[0])} there, {len(layers[1])} now; {_short(changed)})")
+        differing.append(f"prunable layers or their sizes ({_short(changed)})")
     for name, entry in there["checkpoints"].items():
         if name not in now["checkpoints"]:
             differing.append(f"checkpoint ({name} there, {', '.join(now['checkpoints'])} now)")

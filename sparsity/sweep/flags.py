@@ -11,6 +11,7 @@ from sparsity.system.flags import (
     ARCH_HELP,
     BUILT_IN,
     DATASETS,
+    Parser,
     add_arch_flags,
     add_machine_flags,
     given_flags,
@@ -39,11 +40,8 @@ SENSITIVITY_IMAGES = 1000
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of pruning.py; of --criterion, --allocation and --recover every combination is a curve."""
-    parser = argparse.ArgumentParser(
-        prog="pruning.py",
-        description="Prune a trained network level by level, evaluate every level, plot test accuracy over sparsity.",
-        allow_abbrev=False,
-    )
+    text = "Prune a trained network level by level, evaluate every level, plot test accuracy over sparsity."
+    parser = Parser(prog="pruning.py", description=text)
     _add_pruning_flags(parser.add_argument_group("what to prune").add_argument)
     _add_recovery_flags(parser.add_argument_group("how to recover").add_argument)
     _add_evaluation_flags(parser.add_argument_group("what to measure").add_argument)

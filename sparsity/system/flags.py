@@ -7,12 +7,23 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Name -> side in pixels where no other is asked for; loaded by data/sources.py.
 DATASETS = {"cifar10": 32, "cifar100": 32, "folder": 32, "synthetic": 16}
 
 BUILT_IN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # networks of Build_Resnet.py
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes flags by their whole names only, and tells a usage error in one line."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with status 2; --help has what argparse would print first."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -63,7 +74,9 @@ def levels_type(text: str) -> list[float]:
         if not all(0 <= level <= 100 for level in levels):  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text!r} has a level outside 0 to 100 percent")
     except (ValueError, ArithmeticError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither start:stop:step nor a list such as 0,40,90") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither start:stop:step, rising, nor a list such as 0,40"
+        ) from error
     return sorted({float(level_text(float(level))) for level in levels})  # levels of equal text are one level
 
 

@@ -11,6 +11,7 @@ from sparsity.system.flags import (
     ARCH_HELP,
     BUILT_IN,
     DATASETS,
+    Parser,
     add_arch_flags,
     add_machine_flags,
     given_flags,
@@ -91,7 +92,7 @@ def training_sizes(args: argparse.Namespace) -> list[int]:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of run.py; flags that a recipe sets are None unless they are given."""
     text = "Train a network on CIFAR, a folder of images or synthetic images; pruning.py reads its checkpoints."
-    parser = argparse.ArgumentParser(prog="run.py", description=text, allow_abbrev=False)
+    parser = Parser(prog="run.py", description=text)
     add = parser.add_argument_group("what to train").add_argument
     add_arch_flags(add, "resnet50", f"network: {ARCH_HELP} (%(default)s)")
     text = "channels of the first stage of a built-in network (%(default)s)"
@@ -172,6 +173,8 @@ def contradiction(args: argparse.Namespace) -> str | None:
         )
     if args.nesterov and (args.optimizer not in ("sgd", "muon") or args.momentum == 0):
         return "--nesterov needs --optimizer sgd or muon, and a --momentum above 0; --no-nesterov trains without it"
+    if args.schedule_shape == "cosine" and "warmup_share" in args.given:
+        return "--warmup_share belongs to --schedule_shape linear; the cosine has --warmup_epochs"
     if args.schedule_shape == "linear":
         if args.warmup_epochs:
             return "--warmup_epochs belongs to --schedule_shape cosine; the linear schedule has --warmup_share"

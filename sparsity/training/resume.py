@@ -50,7 +50,7 @@ def resume_words(args: Namespace, started: float) -> list[str]:
     states = args.checkpoint_dir.glob(f"*_{glob.escape(families.file_word(args.arch))}_last.pth")
     if not args.resume and not any(path.stat().st_mtime > started for path in states):
         return []
-    which = ("dataset", "data_dir", "arch")
+    which = ("dataset", "arch", *["data_dir"] * (args.dataset == "folder"))
     return ["--resume", *(f"--{name}={getattr(args, name)}" for name in which if name not in args.given)]
 
 

@@ -34,6 +34,7 @@ def test_recipes_set_the_defaults_which_follow_the_flags_that_they_depend_on():
     assert settled(f"{COSINE} {flags}") == STRONG | others | {"schedule_shape": "cosine"}
     few = {"T_max": 15, "ema": 0.0, "shift": 3, "cutout": 0}
     assert settled("--recipe strong --epochs 15") == STRONG | few
+    assert settled("--recipe strong --warmup_share 0.3") == STRONG | {"warmup_share": 0.3}
     assert settled("--recipe strong --epochs 16") == STRONG | {"T_max": 16}
     small = {"cutout": 4, "start_size": 8}
     assert settled("--recipe strong --dataset synthetic").items() >= small.items()
@@ -49,7 +50,7 @@ def test_sizes_of_images_follow_the_length_of_the_linear_schedule_or_the_epochs(
     assert sizes("--epochs 2") == [32, 32]
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", [name for name in DEFAULTS if name != "warmup_share"])  # of the linear one alone
 def test_a_flag_that_is_given_wins(name):
     value = REFERENCE[name]
     if isinstance(value, bool):
@@ -80,6 +81,7 @@ def test_the_help_tells_the_defaults_of_both_recipes():
         ("--recipe strong --optimizer rmsprop", "--no-nesterov trains without it"),
         (f"{COSINE} --epochs 5", "--epochs 5 leaves no epoch after --warmup_epochs 5"),
         ("--recipe strong --warmup_epochs 2", "the linear schedule has --warmup_share"),
+        ("--warmup_share 0.2", "--warmup_share belongs to --schedule_shape linear"),
         ("--recipe strong --epochs 5 --T_max 4", "--epochs 5 goes beyond --T_max 4"),
         ("--shift 32 --border reflect", "--shift 32 is too large to mirror images of 32 pixels"),
         ("--start_size 33", "--start_size 33 is larger than the images of 32 pixels"),
