@@ -1,6 +1,7 @@
 """Curves compared with each other: at the same share of weights, and at the same multiply-adds."""
 
 from collections import defaultdict
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from sparsity.results.rows import column_mean, comparison_columns, curve_name
@@ -37,7 +38,7 @@ def measured_points(sweep: Sweep) -> dict[Curve, list[Point]]:
     """Curve -> its measured levels above 0 %, ascending."""
     return {
         curve: [
-            Point(curve, level, column_mean(rows, "sparsity"), 100 / column_mean(rows, "macs_ratio"))
+            Point(curve, level, column_mean(rows, "sparsity"), fmean(100 / row.macs_ratio for row in rows))
             for level, rows in levels.items()
             if level > 0
         ]

@@ -88,12 +88,12 @@ def markdown_table(sweep: Sweep) -> str:
 
 
 def _columns(levels: list[float]) -> list[float]:
-    """All of up to ten ascending levels; of more the round ones, or where these are few, ten evenly spread."""
+    """All of up to ten ascending levels; of more the round ones, or where these are fewer than five, ten evenly spread."""
     if len(levels) <= 10:
         return levels
     found = [level for level in levels if level in ROUND_LEVELS]
     spread = np.linspace(0, len(levels) - 1, 10).round().astype(int)
-    return found if len(found) > 1 else [levels[index] for index in spread]
+    return found if len(found) > 4 else [levels[index] for index in spread]
 
 
 def _accuracy_cell(rows: list[Row]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsity.data.images import normalise
 from sparsity.networks.census import census
-from sparsity.networks.checkpoint import Checkpoint
+from sparsity.networks.checkpoint import Checkpoint, plain_state
 from sparsity.networks.evaluation import evaluate
 from sparsity.networks.families import argument_words, load_control, short_name
 from sparsity.networks.fused import SAMPLE, fused
@@ -18,6 +18,7 @@ from sparsity.networks.inference import choose_way, inference_copy
 from sparsity.networks.layers import positions_per_image, prunable_layers
 from sparsity.results.rows import Row, read_rows, write_rows
 from sparsity.sweep.export import Exporter
+from sparsity.sweep.flags import PROGRAMS
 from sparsity.sweep.inputs import distinct_names
 from sparsity.sweep.level import Evaluator, PrunedNetwork
 from sparsity.sweep.timing import Timer
@@ -65,6 +66,7 @@ def measure_controls(paths: list[Path], evaluator: Evaluator, main: Checkpoint, 
     if not paths:
         return
     sweep, files = evaluator.sweep, [extra.files for extra in evaluator.extras if isinstance(extra, Exporter)]
+    files = [each for each in files if each.form not in PROGRAMS]
     timers = [extra for extra in evaluator.extras if isinstance(extra, Timer)]
     evaluator.begin(next(iter(sweep.header["checkpoints"])), dense.to(evaluator.test.images.device))
     rows = {row.key: row for row in read_rows(sweep.files.controls)}
@@ -80,7 +82,8 @@ def measure_controls(paths: list[Path], evaluator: Evaluator, main: Checkpoint, 
             file = export.path(("control", path.stem, saved.sha256[:8]), 0)
             wanted = {"file": str(file), "precision": export.precision}
             if known | wanted != known or not file.is_file():
-                export.write(file, {"net": saved.net, "epoch": saved.epoch, "model": saved.model})
+                about = {"epoch": saved.epoch, "model": saved.model, "data": saved.data}
+                export.write(file, {"net": plain_state(network)} | about)
                 row, known = replace(row, file_bytes=file.stat().st_size), known | wanted
         for timer in timers:
             if timer.lacks(row):

@@ -16,7 +16,6 @@ from sparsity.networks.fused import fused
 from sparsity.networks.inference import choose_way, inference_copy
 from sparsity.networks.layers import BatchNorm, Layer, exclude, positions_per_image, prunable_layers, unprunable
 from sparsity.prune.coupling import couple
-from sparsity.prune.filters import inner_convs
 from sparsity.recover.reconstruction import not_refitted
 from sparsity.sweep import work
 from sparsity.sweep.flags import CALIBRATION_IMAGES
@@ -126,8 +125,8 @@ def ability_lines(model: nn.Module, table: list[Entry], test: Split) -> Iterator
     left = not_refitted(model, names, images[:1])
     refitted = f"refitted by reconstruction: {len(names) - len(left)} of {len(names)} prunable layers"
     yield "; ".join([refitted, *(f"not {few(found)}: {reason}" for reason, found in by_reason(left).items())])
-    filters = {name: model.get_submodule(name).out_channels for name in inner_convs(model)}
-    yield f"filters that can be removed: {sum(filters.values()):,}, in {len(filters)} convolutions"
+    filters = [model.get_submodule(name).out_channels for name in filter_layers(model, names, False)]
+    yield f"filters that can be removed: {sum(filters):,}, in {len(filters)} convolutions"
     yield f"with --couple: {coupled_text(couple(model, names))}"
 
 

@@ -94,7 +94,7 @@ def load_inputs(args: argparse.Namespace) -> Inputs:
     mean, std = find_normalisation(saved, source, args.mean, args.std)
     told = {"image_size": source.image_size, "mean": mean, "std": std}
     images = {"dataset": source.dataset, "data_dir": str(source.data_dir), "name": source.name}
-    saved = replace(saved, data=images | (saved.data or {}) | told)
+    saved = replace(saved, data=(saved.data or {}) | images | told)
     require_logits(dense, saved.model["arch"], source.image_size, saved.model["num_classes"])
     with processes.first_alone():  # images may have to be downloaded
         test, classes = load_test_images(source, saved, args.max_test_images)

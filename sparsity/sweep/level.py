@@ -107,11 +107,13 @@ class Evaluator:
         row, zeros = self.row(pruned, result)
         if isinstance(network, SparseNetwork):
             row = _with_notes(row, [SPARSE_NOTE])
+        measured: dict[str, Any] = {}
         for extra in self.extras:
             columns, notes = extra(pruned, row, result)
-            row = replace(_with_notes(row, notes), **columns)
+            row, measured = replace(_with_notes(row, notes), **columns), measured | columns
         if before := self.sweep.rows.get(pruned.key):  # notes of an earlier export stay
             begun = [note.split()[:1] for note in row.notes.split("; ")]
+            begun += [["file"], ["dead"]] if measured.get("file_bytes") else []  # of a file that is written anew
             row = _with_notes(row, [note for note in before.notes.split("; ") if note.split()[:1] not in begun])
         self.sweep.add(row, result.predictions.numpy(), zeros)
         said = f"{level_text(row.level):>5} % pruned, {curve_name(row.curve)}: accuracy {row.accuracy:6.2f} %"

@@ -59,16 +59,17 @@ def cells(sweep):
 def test_the_table_for_papers(files):
     sweep = bare_sweep(files)
     sweep.header["title"] = "net on data\nfour | classes"
-    for level in (0.0, 5.0, 15.0, 25.0, 30.0, 35.0, 40.0, 45.0, 55.0, 65.0, 90.0):  # of more than ten the round ones
+    for level in (0.0, 5.0, 15.0, 20.0, 25.0, 35.0, 40.0, 45.0, 65.0, 80.0, 90.0):  # of more than ten the round ones
         add_lost(sweep, level, 20 if level == 40 else 0)
     add_lost(sweep, 40.0, 20, GLOBAL)
     sweep.header["summary"] = verdicts.summarise_all(sweep, 1.0)
     text = summary.markdown_table(sweep)
     assert text.splitlines()[0] == r"net on data / four \| classes"
     (top, rule, *rows), half = cells(sweep), (100 - accuracy_columns(40, 40)["ci_low"]) / 2
-    assert top == ["curve", "0 %", "40 %", "90 %", "chosen"] and len(rule) == len(top)
+    assert top == ["curve", "0 %", "20 %", "40 %", "80 %", "90 %", "chosen"] and len(rule) == len(top)
     none, all_ = f"0.00 ± {half:.2f}", f"100.00 ± {half:.2f}"
-    assert rows == [["l1 global", "", none, "", "none"], ["l1 uniform", all_, none, all_, "35 %, not shown"]]
+    sparse, full = ["l1 global", "", "", none, "", "", "none"], [all_, all_, none, all_, all_, "35 %, not shown"]
+    assert rows == [sparse, ["l1 uniform", *full]]
     start, rest = text.splitlines()[-1].split(" Dense: 100.00. ")
     assert start.endswith("on 40 images; ± is half the width of the 95 % interval (Wilson's for one checkpoint).")
     words = [

@@ -36,6 +36,8 @@ def test_controls_are_rows_measured_as_levels_are(small_checkpoint, tiny_checkpo
     assert files.controls.read_text() == before and "control " not in capsys.readouterr().out  # they are kept
     assert sweep(tmp_path, *flags, "--export_precision", "bf16") == 0  # but for the bytes of other files
     assert read_rows(files.controls)[0].file_bytes < small.file_bytes
+    assert sweep(tmp_path, *flags, "--export_format", "dense") == 0
+    assert read_rows(files.controls)[0].file_bytes > 4 * small.parameters
     assert sweep(tmp_path, *flags[:4], "--controls", small_checkpoint, "--max_test_images", "12", "--restart") == 0
     (fewer,) = read_rows(files.controls)
     assert fewer.ci_high - fewer.ci_low > small.ci_high - small.ci_low

@@ -68,6 +68,7 @@ def test_bf16_files_hold_rounded_values_and_tell_their_accuracy(tiny_checkpoint,
     sizes = [int(table(tmp_path / part)[0]["file_bytes"]) for part in "ab"]
     assert sizes[1] < 0.75 * sizes[0]
     assert re.search(r"\d (prediction differs|predictions differ)$", table(tmp_path / "b")[0]["notes"])
+    assert export(tmp_path / "b", *flags) == 0 and table(tmp_path / "b")[0]["notes"] == ""  # another file by now
 
 
 @pytest.mark.parametrize(("form", "ending"), [("packed", ".npz"), ("safetensors", ".safetensors")])

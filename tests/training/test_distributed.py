@@ -28,6 +28,11 @@ def test_one_process_is_left_as_it_is(small_net):
     assert all(torch.equal(tensor, before[name]) for name, tensor in small_net.state_dict().items())
 
 
+def test_a_network_without_statistics_has_none_to_average(monkeypatch):
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    average_statistics(torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize(
     ("size", "device", "batch_size", "images", "said"),
     [
