@@ -23,11 +23,10 @@ class SweepFiles:
     csv = property(lambda self: self.with_suffix(".csv"))
     json = property(lambda self: self.with_suffix(".json"))
     npz = property(lambda self: self.with_suffix(".npz"))
-    journal = property(lambda self: self.with_suffix(".journal"))  # rows that are not in the NPZ yet
     png = property(lambda self: self.with_suffix(".png"))
     controls = property(lambda self: self.with_suffix("_controls.csv"))
     # Figures are drawn from these.
-    data = property(lambda self: (self.csv, self.journal, self.npz, self.json, self.controls))
+    data = property(lambda self: (self.csv, self.npz, self.json, self.controls))
 
     def state(self, checkpoint: str, curve: Curve) -> Path:
         """The network of the last level of an unfinished iterative curve, the same whichever process works on it."""
@@ -45,7 +44,7 @@ class SweepFiles:
 
     def drop_parts(self) -> None:
         """Remove the files of all parts."""
-        for suffix in (".csv", ".journal", ".npz", ".json"):
+        for suffix in (".csv", ".npz", ".json"):
             self._remove(f"_part[0-9]*{suffix}")
 
     def _glob(self, pattern: str) -> list[Path]:
@@ -59,8 +58,7 @@ class SweepFiles:
         """Rename the data files to `.old` until the new ones are complete; those of an earlier, complete sweep stay."""
         complete = self.csv.exists() or _old(self.csv).exists()
         for path in self.data:
-            before = _old(self.npz if path == self.journal else path)  # a journal belongs to the NPZ beside it
-            if complete and path.exists() and not before.exists():
+            if complete and path.exists() and not _old(path).exists():
                 path.replace(_old(path))
             path.unlink(missing_ok=True)
 

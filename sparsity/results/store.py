@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsity.results.files import SweepFiles
-from sparsity.results.predictions import Arrays, append_row, read_journal, read_npz, write_npz
+from sparsity.results.predictions import Arrays, read_npz, write_npz
 from sparsity.results.rows import WAYS_OUT, Row, read_rows, row_key, write_rows
 from sparsity.results.settings import curve_rank, recorded_names, require_header, require_same
 from sparsity.system.errors import UserError, one_line
@@ -28,8 +28,7 @@ class Sweep:
 
     `header` is the content of the JSON, `labels` [N] the true classes, `layers` the number of weights of each prunable
     layer by name, `zeros` for each row how many of them are zero, [L] in the order of `layers`. What belongs to a row
-    is written to the journal before the CSV, so a run killed between the two loses that row and nothing else; `pack`
-    brings it into the NPZ.
+    is written before the CSV, so a run killed between the two loses that row and nothing else.
     """
 
     def __init__(self, files: SweepFiles, header: dict[str, Any], labels: np.ndarray, layers: dict[str, int]):
@@ -54,7 +53,6 @@ class Sweep:
         self.header |= {key: now or self.header.get(key) for key, now in hashes.items()}
         if not self.rows:  # rows go before the new settings come, so that a kill in between cannot pair them
             self.files.set_aside()
-        self.pack()
         write_json(self.files.json, self.header)
 
     def add_dense(self, checkpoint: str, predictions: np.ndarray, figures: dict[str, Any]) -> None:
@@ -83,10 +81,7 @@ class Sweep:
         self._sort()
         if self._credit():
             write_json(self.files.json, self.header)  # before the row, which is then never without its command
-        if self.files.npz.exists():
-            append_row(self.files.journal, row.key, self.predictions[row.key], self.zeros[row.key])
-        else:
-            self._write_predictions()
+        self._write_predictions()
         self._write_rows()
 
     def _credit(self) -> bool:
@@ -190,18 +185,16 @@ class Sweep:
         return np.asarray(predictions).astype(np.uint8 if few else np.uint16)
 
     def pack(self) -> None:
-        """Bring the journal into the NPZ, where there is one."""
-        if self.files.journal.exists():
-            self._write_predictions()
+        """Write the NPZ compressed, once it is complete."""
+        self._write_predictions(compress=True)
 
     def _write_rows(self) -> None:
         write_rows(self.files.csv, (row for key, row in self.rows.items() if key not in self._elsewhere))
 
-    def _write_predictions(self) -> None:
+    def _write_predictions(self, compress: bool = False) -> None:
         keys = [key for key in self.rows if key not in self._elsewhere]
         tables = [{key: table[key] for key in keys} for table in (self.predictions, self.zeros)]
-        write_npz(self.files.npz, Arrays(self.labels, self.layers, *tables, self.dense))
-        self.files.journal.unlink(missing_ok=True)
+        write_npz(self.files.npz, Arrays(self.labels, self.layers, *tables, self.dense), compress)
 
 
 def open_sweep(
@@ -270,10 +263,6 @@ def read_sweep(files: SweepFiles) -> Sweep:
         damaged = files.npz
         labels, layers, predictions, zeros, dense = read_npz(files.npz)
         sweep = Sweep(files, header, labels, layers)
-        if files.journal.exists():
-            damaged = files.journal
-            for key, found, counts in read_journal(files.journal, len(labels), len(layers)):
-                predictions[key], zeros[key] = found, counts
         sweep.rows = rows
         sweep.predictions, sweep.zeros = {key: predictions[key] for key in rows}, {key: zeros[key] for key in rows}
         sweep.dense = {name: dense[name] for name in header["dense"]}

@@ -88,7 +88,7 @@ def markdown_table(sweep: Sweep) -> str:
 
 
 def _columns(levels: list[float]) -> list[float]:
-    """All of up to ten ascending levels; of more the round ones, or where these are fewer than five, ten evenly spread."""
+    """All of up to ten ascending levels; of more the round ones, or where fewer than five are, ten evenly spread."""
     if len(levels) <= 10:
         return levels
     found = [level for level in levels if level in ROUND_LEVELS]

@@ -38,23 +38,6 @@ def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line, with its end, to a file that may not be there yet; a kill can leave it without its end.
-
-    It is on the disk afterwards. Raises UserError (no space, no permission).
-    """
-    try:
-        new = not path.exists()
-        with path.open("ab") as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            _sync_folder(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def _sync_folder(path: Path) -> None:
     """Have the name of a file, new or replaced, on the disk."""
     if hasattr(os, "O_DIRECTORY"):  # not on Windows, where a folder cannot be opened

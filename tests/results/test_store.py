@@ -70,6 +70,34 @@ def test_rows_come_back_with_their_predictions_and_added_levels_go_to_their_plac
     assert np.array_equal(found.correct(made_row(40.0)), made_predictions(40) == LABELS)
 
 
+@pytest.mark.parametrize("last", [20.0, 40.0])
+def test_a_kill_while_a_row_is_written_loses_only_that_row_and_the_sweep_goes_on(files, last):
+    """Its predictions are on the disk and the CSV is not; a row that is measured again is not lost either."""
+    sweep = fill(files, (0.0, 20.0))
+    table = files.csv.read_bytes()
+    add(sweep, made_row(last))
+    files.csv.write_bytes(table)
+    found = reopen(files)
+    assert [each.level for each in found.table()] == [0, 20]
+    assert set(found.predictions) == {made_row(0.0).key, made_row(20.0).key}
+    found.begin()
+    add(found, made_row(60.0))
+    again = read_sweep(files)
+    assert [each.level for each in again.table()] == [0, 20, 60]
+    assert all(np.array_equal(again.predictions[row.key], made_predictions(row.level)) for row in again.table())
+
+
+def test_the_predictions_are_compressed_in_the_end(files):
+    sweep = fill(files, range(40))
+    found, size = read_sweep(files), files.npz.stat().st_size
+    sweep.pack()
+    packed = read_sweep(files)
+    assert files.npz.stat().st_size < size / 2 and packed.table() == found.table() and len(found.table()) == 40
+    for key, predictions in found.predictions.items():
+        assert np.array_equal(packed.predictions[key], predictions)
+        assert np.array_equal(packed.zeros[key], found.zeros[key])
+
+
 def test_another_checkpoint_may_be_added_but_none_replaced(files):
     fill(files)
     add(begin(files, header(BOTH), checkpoints=("two.pth",)), made_row(0.0, "two.pth"))
@@ -127,7 +155,7 @@ def test_curves_stand_in_the_order_of_the_header_then_by_alphabet_and_going_on_w
 
 
 def test_a_restart_sets_complete_rows_aside_until_the_new_ones_are_complete(files):
-    fill(files).pack()
+    fill(files)
     old = contents(files.stem.parent)
     sweep = reopen(files, header(precision="bf16"), restart=True)
     assert contents(files.stem.parent) == old  # what can fail comes before rows go
@@ -138,7 +166,7 @@ def test_a_restart_sets_complete_rows_aside_until_the_new_ones_are_complete(file
     add(sweep, made_row(5.0))
     begin(files, header(precision="bf16"), restart=True)  # again, after a kill: the partial rows go, the complete stay
     assert aside.items() <= contents(files.stem.parent).items()
-    assert not [path for path in contents(files.stem.parent) if path == files.csv or ".journal" in path.name]
+    assert not [path for path in contents(files.stem.parent) if path == files.csv]
     files.drop_old()
     assert not aside.keys() & contents(files.stem.parent).keys()
 
@@ -219,10 +247,9 @@ def test_parts_of_several_processes_are_joined_in_the_order_of_one(files, killed
 
 def test_damaged_files_are_told_in_one_line_or_mean_the_same(files):
     """Bytes flipped, cut and spliced at seeded places of each file, in the deflate streams of the NPZ too."""
-    fill(files)
-    assert files.journal.exists()
+    fill(files).pack()
     draw, whole = random.Random(0), read_sweep(files)
-    for path in (files.csv, files.json, files.npz, files.journal):
+    for path in (files.csv, files.json, files.npz):
         good = path.read_bytes()
         for _ in range(60):
             place, kind = draw.randrange(len(good)), draw.randrange(3)
@@ -234,7 +261,7 @@ def test_damaged_files_are_told_in_one_line_or_mean_the_same(files):
                 assert files.stem.name in str(error) and "\n" not in str(error)
             else:
                 same = (np.array_equal(found.predictions[key], whole.predictions[key]) for key in found.rows)
-                assert path not in (files.npz, files.journal) or all(same)
+                assert path != files.npz or all(same)
         path.write_bytes(good)
 
 
