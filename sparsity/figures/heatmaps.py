@@ -31,7 +31,7 @@ class HeatMap(NamedTuple):
 
 
 def plot_classes(sweep: Sweep) -> Path:
-    """Change of each class's accuracy against dense, in points, class x level, a panel a curve: *_classes.png.
+    """Change of each class's accuracy against dense, in points, class x level, one panel per curve: *_classes.png.
 
     Of more than MOST_LEVELS levels so many, evenly spread, are drawn.
     """

@@ -93,7 +93,7 @@ def _require(logits: Any, arch: str, count: int, image_size: int, num_classes: i
             f"{arch} returns a tensor {list(logits.shape)} for a batch of {count}; logits are [images, classes]"
         )
     if logits.shape[1] != num_classes:
-        raise UserError(f"{arch} tells {logits.shape[1]} classes apart, not the {num_classes} that are asked of it")
+        raise UserError(f"{arch} has {logits.shape[1]} output classes, not the {num_classes} that are asked of it")
     if not logits.isfinite().all():
         raise UserError(f"{arch} gives NaN or Inf for an image of {image_size} pixels; check its weights and the size")
 

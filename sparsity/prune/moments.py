@@ -69,7 +69,7 @@ def _paddings(layer: Conv) -> list[int]:
 
 
 def input_rows(layer: Layer, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Unfold a layer's inputs, one row an output position: [N, d] float32; outputs are `rows @ weight_rows(layer).T`.
+    """Unfold a layer's inputs, one row per output position: [N, d] float32; outputs are `rows @ weight_rows(layer).T`.
 
     For a convolution d is kh * kw * C. With g groups, rows are [g, N, kh * kw * C / g], as `weight_rows`. `positions`
     [B, n] chooses n of the output positions of each image (row-major, 0 to OH * OW - 1), so that N is B * n; without

@@ -38,7 +38,7 @@ def reestimate_batchnorm(model: nn.Module, calibration: Calibration, copy: nn.Mo
 def batch_statistics(network: nn.Module, calibration: Calibration) -> Statistics:
     """The statistics of the calibration images at each BatchNorm of `network`, an unfolded inference copy.
 
-    They are the averages of the batches' means and unbiased variances, each batch weighed by its images; as in
+    They are the averages of the batches' means and unbiased variances, each batch weighted by its images; as in
     training, every layer sees activations that were normalised by their own batch. The running statistics of
     `network` are overwritten.
     """

@@ -11,8 +11,8 @@ from sparsity.data.images import SHIFT, Split, batch_bounds, training_batches
 from sparsity.networks.layers import BatchNorm, InAttention, Layer, memory_format
 from sparsity.system.errors import UserError
 from sparsity.training.epoch import train_one_epoch
-from sparsity.training.optimizer import make_optimizer, make_schedule
-from sparsity.training.schedule import linear_factor
+from sparsity.training.optimizer import make_optimizer
+from sparsity.training.schedule import cosine_factor, linear_factor
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,12 @@ def rewound_rate(
     """The `rate` of a Finetuning that repeats the last `epochs` of `trained` ones (Renda et al., arXiv 2003.02389).
 
     The training's schedule is that of `make_schedule` or, with a `warmup_share`, that of `make_linear_schedule` over
-    `t_max` epochs. It is repeated from its start for more epochs than it had.
+    `t_max` epochs. A training shorter than `epochs` counts as repeated.
     """
     begin = trained - epochs
     if warmup_share is not None:
         return lambda place: learning_rate * linear_factor((begin + place) % trained / t_max, warmup_share)
-    optimizer = make_optimizer("sgd", nn.Linear(1, 1), learning_rate, 0.0, 0.0)
-    schedule = make_schedule(optimizer, t_max, warmup)
-    rates = []
-    for _ in range(trained):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()  # without gradients: only so that the schedule may be stepped
-        schedule.step()
-    return lambda place: rates[(begin + int(place)) % trained]
+    return lambda place: learning_rate * cosine_factor((begin + int(place)) % trained, t_max, warmup)
 
 
 def mask_enforcer(model: nn.Module, layers: dict[str, Layer]) -> Callable[[], None]:

@@ -113,7 +113,7 @@ def reconstruct(
         release_memory()  # activations come and go by the gigabyte
     changed = any(not mask.all() for name, mask in model.named_buffers() if name.endswith("weight_mask"))
     told = [f"not refitted: {', '.join(names)} ({reason})" for reason, names in by_reason(problems).items() if changed]
-    return told + [f"{kept_rows} rows kept their masked weights"] * (kept_rows > 0)
+    return told + [f"{kept_rows} output channels kept their masked weights"] * (kept_rows > 0)
 
 
 def not_refitted(model: nn.Module, layers: Sequence[str], example: Tensor) -> dict[str, str]:

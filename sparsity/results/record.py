@@ -6,7 +6,7 @@ import numpy as np
 
 from sparsity.system.files import write_csv
 
-# Of a training, a row an epoch; accuracies are in percent, `loss` is that of training.
+# Of a training, one row per epoch; accuracies are in percent, `loss` is that of training.
 HISTORY_COLUMNS = ("epoch", "learning_rate", "loss", "training_accuracy", "test_loss", "test_accuracy", "seconds")
 HISTORY_COLUMNS += ("image_size",)  # side in pixels of the training images
 

@@ -64,7 +64,7 @@ def sensitivity_table(sweep: Sweep, most: int = 10) -> str:
 
 
 def markdown_table(sweep: Sweep) -> str:
-    """Accuracy in percent as a Markdown table for papers: a row a curve, a column a level, ten levels at most.
+    """Accuracy in percent as a Markdown table for papers: one row per curve, one column per level, ten at most.
 
     The last column is the chosen level of each curve, where levels were chosen.
     """

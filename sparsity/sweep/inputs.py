@@ -208,7 +208,7 @@ def _load(source: Source, saved: Checkpoint, train: bool, pick: Pick | None = No
     data, num_classes = saved.data, saved.model["num_classes"]
     split, classes = load_split(source, train, (tuple(data["mean"]), tuple(data["std"])), pick)
     if len(classes) != num_classes:
-        raise UserError(f"{saved.path} tells {num_classes} classes apart, {source.name} has {len(classes)}")
+        raise UserError(f"{saved.path} has {num_classes} output classes, {source.name} has {len(classes)} classes")
     if data.get("classes", classes) != classes:
         pairs = zip(data["classes"], classes, strict=False)
         differing = next((pair for pair in pairs if pair[0] != pair[1]), ("fewer", "more"))

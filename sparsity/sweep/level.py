@@ -22,7 +22,7 @@ from sparsity.system.errors import UserError
 from sparsity.system.flags import level_text
 from sparsity.system.methods import Curve
 
-UNTRACED_NOTE = "not traced, nothing folded"
+UNTRACED_NOTE = "not traced by torch.fx: evaluated without folding BatchNorm"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`--predict`: the classes that the network in any checkpoint or exported file finds in images, one line an image."""
+"""`--predict`: the classes that the network in any checkpoint or exported file finds in images, one line each."""
 
 import argparse
 import json

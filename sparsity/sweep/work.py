@@ -37,7 +37,7 @@ def choose_panel(args: argparse.Namespace, layers: list[str], inner: list[str]) 
     if filters and not inner:
         raise UserError("the network has no filters that can be removed; use another --criterion, or exclude less")
     allocations = args.allocation
-    if args.sensitivity:  # a curve a layer, in which this layer alone is pruned
+    if args.sensitivity:  # one curve per layer, in which this layer alone is pruned
         allocations = [f"{ONE_LAYER}{layer}" for layer in (inner if filters else layers)]
     curves = [Curve(*parts) for parts in itertools.product(args.criterion, allocations, args.recover)]
     return {curve: own_levels(curve.allocation) or args.levels for curve in curves}

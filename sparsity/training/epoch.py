@@ -36,7 +36,7 @@ def train_one_epoch(
 
     `part` is (rank, number of processes) where several train together: each gets its part of the images of a batch, as
     `training_batches` gives them, and all labels, and `forward` averages gradients over the processes (`replicate`).
-    Each weighs its part by its images, so that the gradient is that of the whole batch.
+    Each weights its part by its images, so that the gradient is that of the whole batch.
     """
     model.train()
     forward = forward or model

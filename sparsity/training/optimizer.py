@@ -1,6 +1,5 @@
 """Optimizers, the schedule of the learning rate, and the moving average of weights."""
 
-import math
 from argparse import Namespace
 from itertools import compress
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparsity.system.machine import DTYPES
 from sparsity.training.muon import Muon, muon_groups
-from sparsity.training.schedule import linear_factor
+from sparsity.training.schedule import cosine_factor, linear_factor
 
 OPTIMIZERS = {"sgd": optim.SGD, "adam": optim.Adam, "rmsprop": optim.RMSprop, "muon": Muon}
 FUSED = ("sgd", "adam")  # run as one kernel for all parameters on CUDA
@@ -59,12 +58,7 @@ def make_schedule(optimizer: optim.Optimizer, t_max: int, warmup_epochs: int = 0
     if not warmup_epochs:
         return optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=t_max)
 
-    def factor(epoch: int) -> float:
-        if epoch < warmup_epochs:
-            return (epoch + 1) / (warmup_epochs + 1)
-        return (1 + math.cos(math.pi * (epoch - warmup_epochs) / t_max)) / 2
-
-    return optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: cosine_factor(epoch, t_max, warmup_epochs))
 
 
 def make_linear_schedule(optimizer: optim.Optimizer, steps: int, warmup_share: float) -> optim.lr_scheduler.LRScheduler:

@@ -1,5 +1,17 @@
 """Learning rate and image size in the course of a training, as plain numbers; torch-free."""
 
+import math
+
+
+def cosine_factor(epoch: int, t_max: int, warmup: int = 0) -> float:
+    """The share of the highest learning rate in `epoch` (from 0): a half cosine down in `t_max` epochs, up in the next.
+
+    Before it come `warmup` epochs at 1, 2, ... of warmup + 1 parts.
+    """
+    if epoch < warmup:
+        return (epoch + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * (epoch - warmup) / t_max)) / 2
+
 
 def linear_factor(place: float, warmup_share: float) -> float:
     """The share of the highest learning rate at `place` of a training, from 0 (its start) to 1 (its end) and beyond.

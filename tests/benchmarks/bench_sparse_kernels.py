@@ -159,7 +159,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def draw(table: Path, figure_path: Path, where: str) -> None:
-    """The plot, from the CSV alone: a line a kind of layer, geometric mean over the stages with their range."""
+    """The plot, from the CSV alone: one line per kind of layer, geometric mean over the stages with their range."""
     rows = files.read_csv(table)
     panels = list(dict.fromkeys(PANELS[row["kernel"]] for row in rows if row["kernel"] in PANELS))
     figure = Figure(figsize=(4.2 * len(panels), 4.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, timing in turns, what networks cost and machines attain, a line a contestant."""
+"""What the benchmarks share: flags, timing in turns, what networks cost and machines attain."""
 
 import argparse
 import copy

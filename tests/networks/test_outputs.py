@@ -68,7 +68,7 @@ def at_one_size(logits: Tensor) -> Tensor:
         (Net(lambda logits: logits.squeeze(0)), r"returns a tensor \[4\] for a batch of 1"),
         (Net(at_one_size), "cannot take images of 8 pixels .*RuntimeError: shape '.1, 4.' is invalid"),
         (Net(lambda logits: logits[..., None]), r"returns a tensor \[1, 4, 1\]"),
-        (Net(lambda logits: logits[:, :3]), "tells 3 classes apart, not the 4 that are asked of it"),
+        (Net(lambda logits: logits[:, :3]), "has 3 output classes, not the 4 that are asked of it"),
         (Net(lambda logits: logits / 0), "gives NaN or Inf for an image of 8 pixels"),
         (poisoned(), "cannot be used: its scale holds NaN or Inf"),
         (nn.Sequential(nn.AdaptiveAvgPool2d((2, 2)), nn.Conv2d(3, 4, 3), nn.Flatten()), "cannot take images of 8"),

@@ -52,7 +52,7 @@ SWEEP = {
     "--checkpoint widths.pth": "does not fit the network it describes: the width of layer1.0.conv1",
     "--checkpoint good.pth good.pth": "is the same as",
     "--checkpoint good.pth bare.pth": "differ in network or data",
-    "--checkpoint good.pth --dataset synthetic": "tells 3 classes apart, synthetic has 10",
+    "--checkpoint good.pth --dataset synthetic": "has 3 output classes, synthetic has 10",
     "--checkpoint good.pth --data_dir renamed": "other classes",
     "--checkpoint good.pth --max_test_images 5": "too few for 3 classes",
     "--checkpoint good.pth --images_dir file": "--images_dir file cannot be written to",
