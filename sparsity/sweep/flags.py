@@ -151,8 +151,8 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
     text = "exported files; the newest checkpoint is looked for here (%(default)s)"
     add("--checkpoint_dir", type=Path, default=Path("checkpoints"), metavar="DIR", help=text)
     text = (
-        "write the networks of these levels to files; chosen: of each curve's chosen level; best: of the curve whose "
-        "chosen level removes most (none)"
+        "write the networks of these levels to files, and without --levels measure no others; chosen: of each curve's "
+        "chosen level; best: of the curve whose chosen level removes most (none)"
     )
     add("--export", type=export_type, metavar="L", help=text)
     text = "of values in files (%(default)s)"
