@@ -26,9 +26,9 @@ from sparsity.results.store import Sweep, read_sweep
 from sparsity.sweep.choice import export_again, prepare_exports, wanted_files
 from sparsity.sweep.controls import measure_controls, require_comparable
 from sparsity.sweep.describe import describe
+from sparsity.sweep.evaluator import Evaluator, PrunedNetwork
 from sparsity.sweep.header import describe_sweep, output_name
 from sparsity.sweep.inputs import Inputs, load_inputs
-from sparsity.sweep.level import Evaluator, PrunedNetwork
 from sparsity.sweep.levels import CHOICES
 from sparsity.sweep.networks import Networks, open_missing, resume_curve, save_step
 from sparsity.sweep.plan import make_extras, open_shared, plan

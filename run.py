@@ -66,6 +66,7 @@ def train(args: Namespace) -> None:
     step = CompiledNetwork(model, end - begin) if args.compile == "on" else model
     new_bar = partial(tqdm, total=len(training), unit="img", disable=None if processes.first() else True, leave=False)
 
+    result = None
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(derived_seed(args.seed, epoch, processes.rank(), 1))  # of what the network draws: dropout
         started, rate, size = time.perf_counter(), epoch_rate(args, parts.optimizer, epoch), sizes[epoch - 1]
@@ -87,7 +88,7 @@ def train(args: Namespace) -> None:
             save_epoch(content, numbered.get(epoch), last, resume.training_progress(parts, history))
         print_epoch(history[-1], args)
 
-    final = evaluate_shared(network, test, default_batch_size(device))
+    final = result or evaluate_shared(network, test, default_batch_size(device))  # a resumed run may have no epoch left
     if processes.first():
         conclude(args, numbered[args.epochs], describe_network(args, tested, spec, data, history), history, final, test)
     processes.leave()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sparsity.data.images import Split, normalise
+from sparsity.networks.evaluation import distance
 
 SAMPLE = 8  # images on which outputs are compared: of fused and sparse kernels, of copies with their network
 KERNELS = torch.ops.mkldnn  # oneDNN's, which torch.compile calls on a CPU
@@ -38,8 +39,7 @@ def fused(inference: nn.Module, split: Split) -> nn.Module:
         raise
     except RuntimeError:  # this processor lacks a kernel, or shapes do not fit
         return inference
-    apart = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
-    return network if apart <= torch.finfo(dtype).eps ** 0.5 else inference  # not nan
+    return network if distance(found, expected) <= torch.finfo(dtype).eps ** 0.5 else inference  # not nan
 
 
 def _fuse(node: fx.Node, graph: fx.Graph, network: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from sparsity.data.images import Split, normalise
+from sparsity.networks.evaluation import TOLERANCE, distance
 from sparsity.networks.layers import (
     BatchNorm,
     Conv,
@@ -25,7 +26,6 @@ from sparsity.system.errors import UserError, described, one_line
 
 # The fastest first.
 WAYS = (Way(), Way(channels_last=False), Way(traced=False, channels_last=False))
-TOLERANCE = 1e-3  # of the largest logit, in float32
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def choose_way(model: nn.Module, images: Tensor) -> Way:
         try:
             trial = inference_copy(model)
             found = (trial.forward if way.traced else trial)(images)  # a graph that is called prints its errors
-            apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+            apart = distance(found, expected)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the network is anybody's

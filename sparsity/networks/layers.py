@@ -138,6 +138,11 @@ def twins(model: nn.Module) -> dict[str, list[str]]:
     return {first: others for first, *others in filter(None, groups) if others}
 
 
+def sharing(model: nn.Module) -> set[str]:
+    """The names of the layers that have their weight with another one."""
+    return {name for first, others in twins(model).items() for name in (first, *others)}
+
+
 def parametrization(layer: nn.Module) -> str | None:
     """How the weight of a layer is computed from other parameters, if it is."""
     if parametrize.is_parametrized(layer, "weight"):

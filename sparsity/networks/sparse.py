@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from sparsity.networks.evaluation import TOLERANCE, distance
 from sparsity.system.errors import UserError, described
 
 CHUNK = 32  # images of 32 pixels that are run together; more leave the caches
-TOLERANCE = 1e-3  # of the largest logit
 Pack = Callable[[Tensor], Tensor]  # a dense matrix to a sparse one
 
 
@@ -143,7 +143,7 @@ def sparse_network(inference: fx.GraphModule, sample: Tensor) -> SparseNetwork:
     """
     network = SparseNetwork(inference).eval()
     expected, found = inference(sample), network(sample)
-    apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    apart = distance(found, expected)
     if not apart <= TOLERANCE:  # also nan
         raise UserError(
             f"sparse and dense arithmetic disagree by {apart:.1e} of the largest output; use --engine dense"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from sparsity.networks.layers import Layer, own_forward, parametrization, twins
+from sparsity.networks.layers import Layer, own_forward, parametrization, sharing
 
 RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
 # Modules, functions and methods that leave a channel of zeros a channel of zeros, whatever the other channels hold.
@@ -68,7 +68,7 @@ class ChannelGraph:
         self.inputs: dict[str, tuple[int, ...]] = {}
         self.staying: list[tuple[tuple[int, ...], str]] = []
         nodes = fx.symbolic_trace(model).graph.nodes
-        self.shared = {name for first, others in twins(model).items() for name in (first, *others)}
+        self.shared = sharing(model)
         read_past = [node.target for node in nodes if node.op == "get_attr"]  # tensors that the graph itself reads
         self.shared |= {name.rpartition(".")[0] for name in read_past}
         for node in nodes:

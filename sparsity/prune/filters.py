@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from sparsity.networks.layers import BatchNorm, own_forward, twins, way_of
+from sparsity.networks.layers import BatchNorm, own_forward, sharing, way_of
 from sparsity.prune.channel_graph import RELUS, SILENT_CALLS, SILENT_MODULES
 from sparsity.prune.masks import apply_masks
 
@@ -73,7 +73,7 @@ class _Graph:
         self.model = model
         calls = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
         times = Counter(node.target for node in calls)
-        shared = {name for first, others in twins(model).items() for name in (first, *others)}
+        shared = sharing(model)
         self.modules = {node: model.get_submodule(node.target) for node in calls}
         self.once = {node for node in calls if times[node.target] == 1 and node.target not in shared}
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsity.data.calibration import Calibration
 from sparsity.networks.inference import refresh
-from sparsity.networks.layers import Layer, calls, effective_weight, twins
+from sparsity.networks.layers import Layer, calls, effective_weight, sharing
 from sparsity.prune.moments import (
     add_moment,
     as_weight,
@@ -119,7 +119,7 @@ def reconstruct(
 def not_refitted(model: nn.Module, layers: Sequence[str], example: Tensor) -> dict[str, str]:
     """Name -> reason of each of `layers` whose weights `reconstruct` leaves as they are; `example` is [1, C, H, W]."""
     times = Counter(call.name for call in calls(model, example))
-    shared = {name for first, others in twins(model).items() for name in (first, *others)}
+    shared = sharing(model)
     reasons = {}
     for name in layers:
         if problem := unfold_problem(model.get_submodule(name)):

@@ -9,10 +9,10 @@ from sparsity.results.comparison import furthest
 from sparsity.results.rows import curve_name
 from sparsity.results.store import Sweep
 from sparsity.results.verdicts import curve_of, summarise_all
+from sparsity.sweep.evaluator import Evaluator, Extra
 from sparsity.sweep.export import Exporter, ExportFiles
 from sparsity.sweep.flags import PROGRAMS
 from sparsity.sweep.inputs import Inputs
-from sparsity.sweep.level import Evaluator, Extra
 from sparsity.sweep.levels import CHOICES, SEARCH_STEP
 from sparsity.sweep.programs import require_program
 from sparsity.system.machine import DTYPES

@@ -17,10 +17,10 @@ from sparsity.networks.fused import SAMPLE, fused
 from sparsity.networks.inference import choose_way, inference_copy
 from sparsity.networks.layers import positions_per_image, prunable_layers
 from sparsity.results.rows import Row, read_rows, write_rows
+from sparsity.sweep.evaluator import Evaluator, PrunedNetwork
 from sparsity.sweep.export import Exporter
 from sparsity.sweep.flags import PROGRAMS
 from sparsity.sweep.inputs import distinct_names
-from sparsity.sweep.level import Evaluator, PrunedNetwork
 from sparsity.sweep.timing import Timer
 from sparsity.system.errors import UserError, one_line
 from sparsity.system.methods import Curve

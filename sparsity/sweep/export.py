@@ -20,8 +20,8 @@ from sparsity.prune.thinning import Thin, thin
 from sparsity.results.rows import Row
 from sparsity.results.statistics import halves
 from sparsity.results.store import Sweep
+from sparsity.sweep.evaluator import PrunedNetwork
 from sparsity.sweep.flags import EXPORT_BITS, EXPORT_FORMATS, PROGRAMS
-from sparsity.sweep.level import PrunedNetwork
 from sparsity.sweep.programs import make_program, predictions_of, write_program
 from sparsity.system.errors import UserError
 from sparsity.system.files import file_hash, prepare_folder

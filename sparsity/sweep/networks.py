@@ -21,8 +21,8 @@ from sparsity.recover.finetune import Finetuning
 from sparsity.results.rows import row_key
 from sparsity.results.store import Sweep
 from sparsity.sweep import work
+from sparsity.sweep.evaluator import Evaluator
 from sparsity.sweep.inputs import Inputs, distillation_images, finetuning_rate, load_training_images, training_recipe
-from sparsity.sweep.level import Evaluator
 from sparsity.system import processes
 from sparsity.system.errors import UserError
 from sparsity.system.machine import DTYPES, derived_seed

@@ -12,9 +12,9 @@ from sparsity.prune.groups import require_groups
 from sparsity.results.files import SweepFiles
 from sparsity.results.store import Sweep, join_parts, open_sweep
 from sparsity.sweep.choice import make_exporter
+from sparsity.sweep.evaluator import Extra
 from sparsity.sweep.export import ExportFiles
 from sparsity.sweep.inputs import Inputs
-from sparsity.sweep.level import Extra
 from sparsity.sweep.prepare import coupled_text, filter_layers, say_what_stays_dense
 from sparsity.sweep.timing import Timer
 from sparsity.sweep.work import choose_panel

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sparsity.data.images import Split
-from sparsity.networks.evaluation import default_batch_size
-from sparsity.networks.inference import TOLERANCE, inference_copy
+from sparsity.networks.evaluation import TOLERANCE, default_batch_size, distance
+from sparsity.networks.inference import inference_copy
 from sparsity.networks.onnx_file import READERS, WRITERS, missing, onnx_bytes, require_installed, run_onnx
 from sparsity.networks.program import answers, export_program, load_program, program_bytes
 from sparsity.system.errors import UserError
@@ -51,7 +51,7 @@ def write_program(path: Path, program: ExportedProgram, metadata: dict[str, Any]
     data = path.read_bytes()
     run = load_program(data) if form == "program" else run_onnx(data)[0]
     expected, found = answers(program.module(), few, BATCH), answers(run, few, BATCH)
-    apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    apart = distance(found, expected)
     if not apart <= TOLERANCE:  # also nan
         raise UserError(f"{path} gives other outputs than the network in memory, by {apart:.1e} of the largest")
     return []

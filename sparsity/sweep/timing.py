@@ -25,8 +25,8 @@ from sparsity.networks.semi_structured import semi_structured_layers, use_semi_s
 from sparsity.networks.sparse import sparse_network
 from sparsity.results.rows import SEMI_STRUCTURED_NOTE, TIMED, Row
 from sparsity.results.store import Sweep
+from sparsity.sweep.evaluator import PrunedNetwork
 from sparsity.sweep.export import thin_network
-from sparsity.sweep.level import PrunedNetwork
 from sparsity.system.errors import UserError, one_line
 from sparsity.system.machine import keep_memory, make_deterministic
 

@@ -11,7 +11,7 @@ from torch import nn
 from sparsity.data.images import Split
 from sparsity.networks.evaluation import evaluate
 from sparsity.results.store import Sweep
-from sparsity.sweep.level import Evaluator
+from sparsity.sweep.evaluator import Evaluator
 from sparsity.sweep.levels import own_levels
 from sparsity.sweep.search import levels_ahead
 from sparsity.system import processes

@@ -9,7 +9,7 @@ from helpers import export, files_of, rows_of, sweep
 from sparsity.networks import checkpoint
 from sparsity.results.statistics import halves
 from sparsity.results.store import read_sweep
-from sparsity.sweep.level import Evaluator
+from sparsity.sweep.evaluator import Evaluator
 
 STEM = "colours_small_net"
 FLAGS = ["--tolerance", "4", "--levels", "0:100:10", "--allocation", "uniform", "global"]

@@ -8,7 +8,7 @@ from helpers import add_lost, bare_sweep, files_of, rows_of, sweep, without_seco
 from sparsity.results.statistics import halves, mean_change
 from sparsity.results.store import read_sweep
 from sparsity.results.verdicts import paired
-from sparsity.sweep.level import Evaluator
+from sparsity.sweep.evaluator import Evaluator
 from sparsity.sweep.search import levels_ahead, search_levels
 from sparsity.system.methods import Curve
 
