@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from sparsity.data.images import Split, normalise
 from sparsity.system import processes
 
-TOLERANCE = 1e-3  # of the `distance` of two networks that are the same, in float32
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -26,11 +24,6 @@ class Evaluation:
     def accuracy(self) -> float:
         """Percent."""
         return 100 * self.correct / self.total
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of outputs, as a share of the largest expected one; nan where one is nan."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def default_batch_size(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sparsity.data.images import Split, normalise
-from sparsity.networks.evaluation import distance
+from sparsity.networks.outputs import distance
 
 SAMPLE = 8  # images on which outputs are compared: of fused and sparse kernels, of copies with their network
 KERNELS = torch.ops.mkldnn  # oneDNN's, which torch.compile calls on a CPU

@@ -10,7 +10,6 @@ from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from sparsity.data.images import Split, normalise
-from sparsity.networks.evaluation import TOLERANCE, distance
 from sparsity.networks.layers import (
     BatchNorm,
     Conv,
@@ -22,6 +21,7 @@ from sparsity.networks.layers import (
     set_way,
     way_of,
 )
+from sparsity.networks.outputs import TOLERANCE, distance
 from sparsity.system.errors import UserError, described, one_line
 
 # The fastest first.

@@ -1,4 +1,4 @@
-"""Logits, whatever a network returns, and the check that it gives them for images of a size."""
+"""Logits, whatever a network returns; whether it gives them for images of a size, and how far they are from others."""
 
 import copy
 from typing import Any
@@ -12,6 +12,12 @@ from sparsity.system import processes
 from sparsity.system.errors import UserError, described, one_line
 
 NAMES = ("logits", "out")  # entries of a dict or named tuple that hold the logits
+TOLERANCE = 1e-3  # of the `distance` of two networks that are the same, in float32
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of outputs, as a share of the largest expected one; nan where one is nan."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def give_logits(model: nn.Module, arch: str) -> nn.Module:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sparsity.networks.evaluation import TOLERANCE, distance
+from sparsity.networks.outputs import TOLERANCE, distance
 from sparsity.system.errors import UserError, described
 
 CHUNK = 32  # images of 32 pixels that are run together; more leave the caches

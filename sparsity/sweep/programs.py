@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sparsity.data.images import Split
-from sparsity.networks.evaluation import TOLERANCE, default_batch_size, distance
+from sparsity.networks.evaluation import default_batch_size
 from sparsity.networks.inference import inference_copy
 from sparsity.networks.onnx_file import READERS, WRITERS, missing, onnx_bytes, require_installed, run_onnx
+from sparsity.networks.outputs import TOLERANCE, distance
 from sparsity.networks.program import answers, export_program, load_program, program_bytes
 from sparsity.system.errors import UserError
 from sparsity.system.files import write_atomic
