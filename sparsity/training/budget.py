@@ -44,7 +44,8 @@ def fit_epochs(args: Namespace, model: nn.Module, training: Split, test: Split, 
     steps = len(batch_bounds(len(training), args.batch_size, 2 * part[1]))
     train, epoch_seconds = trial(args, model, part), {}
     for size in (*range(args.start_size or args.image_size, args.image_size, 4), args.image_size):
-        batches = training_batches(training, args.batch_size, args.seed, 0, args.cutout, part, size=size)
+        draws = (args.batch_size, args.seed, 0, args.cutout, part, args.shift, args.border, size)
+        batches = training_batches(training, *draws)
         epoch_seconds[size] = steps * seconds_a_step(train, batches) + testing
     left = MARGIN * (args.time_budget - (time.perf_counter() - started) - testing)
     epochs = min(processes.gather(epochs_that_fit(left, epoch_seconds, args.start_size, args.image_size)))
