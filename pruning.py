@@ -148,7 +148,7 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool, written: set[tup
             print(line)
     sweep.files.drop_states()
     sweep.files.drop_old()
-    print(f"wrote {sweep.files.png} and what it is drawn from beside it: .csv, .json, .npz")
+    print(f"wrote {sweep.files.png}, and beside it the data (.csv, .json, .npz) and the other figures and tables")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,11 +57,15 @@ def training_recipe(saved: Checkpoint) -> dict[str, Any]:
     return {key: saved.settings.get(key, usual) for key, usual in REFERENCE_TRAINING.items()}
 
 
+def distillation_count(args: argparse.Namespace, images: int) -> int:
+    """How many of the `images` of the training split distillation trains on."""
+    return min(args.distill_images or images, images)
+
+
 def distillation_images(args: argparse.Namespace, train: Split) -> Split:
     """The images that distillation trains on: --distill_images of the training split, the classes balanced, or all."""
-    if args.distill_images is None or args.distill_images >= len(train):
-        return train
-    return train.take(class_balanced_order(train.labels.cpu(), args.seed)[: args.distill_images])
+    count = distillation_count(args, len(train))
+    return train if count == len(train) else train.take(class_balanced_order(train.labels.cpu(), args.seed)[:count])
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def load_training_images(
         chosen = find_augmentation(args, given, train, augmentation)
         calibration = draw_calibration(train, count, args.seed, device, DTYPES[args.precision], chosen)
     if distilled:
-        count = len(distillation_images(args, train))
+        count = distillation_count(args, len(train))
         print(f"distillation trains on {count:,} training images, without their labels")
     if tuned:
         print(f"fine-tuning reads the labels of {len(train):,} training images")

@@ -22,7 +22,14 @@ from sparsity.results.rows import row_key
 from sparsity.results.store import Sweep
 from sparsity.sweep import work
 from sparsity.sweep.evaluator import Evaluator
-from sparsity.sweep.inputs import Inputs, distillation_images, finetuning_rate, load_training_images, training_recipe
+from sparsity.sweep.inputs import (
+    Inputs,
+    distillation_count,
+    distillation_images,
+    finetuning_rate,
+    load_training_images,
+    training_recipe,
+)
 from sparsity.system import processes
 from sparsity.system.errors import UserError
 from sparsity.system.machine import DTYPES, derived_seed
@@ -112,13 +119,13 @@ def open_missing(
     args.words = [word for word in args.words if word != "--restart"]  # an interrupted run goes on with its rows
     names = tuple(sweep.header["checkpoints"])
     networks = Networks(args, given, names, evaluator.layers, evaluator.positions, calibration, train)
-    work.announce(evaluator, missing)
+    tuned = args.finetune_epochs * len(train or ())
+    distilled = args.distill_epochs * distillation_count(args, len(train or ()))
+    costs = work.level_costs(len(given.test), len(calibration or ()), distilled, tuned)
+    work.announce(evaluator, missing, costs)
     for name in missing:
         if name not in sweep.dense:
             evaluator.add_dense(name, networks.open(name).means.dense)
-    tuned = args.finetune_epochs * len(train or ())
-    distilled = args.distill_epochs * len(distillation_images(args, train)) if train else 0
-    costs = work.level_costs(len(given.test), len(calibration or ()), distilled, tuned)
     return networks, work.my_share(missing, costs, iterative)
 
 

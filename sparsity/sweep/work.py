@@ -106,21 +106,23 @@ def images_per_second(network: nn.Module, test: Split, batch_size: int) -> float
     return len(few) / (time.perf_counter() - started)
 
 
-def announce(evaluator: Evaluator, missing: dict[str, Panel]) -> None:
-    """Say how long evaluating the missing networks takes, and set the length of the bar.
+def announce(evaluator: Evaluator, missing: dict[str, Panel], costs: dict[str, float]) -> None:
+    """Say how long the missing networks take, without export and timing, and set the length of the bar.
 
-    The time is that of the first few batches, times the batches, without recovery, export and timing.
+    The time is that of the first few batches, times the `level_costs` of each network.
     """
     sweep, test, batch_size = evaluator.sweep, evaluator.test, evaluator.batch_size
-    networks = sum(name not in sweep.dense for name in missing)
+    recoveries = ["none" for name in missing if name not in sweep.dense]
     for name, panel in missing.items():
-        networks += sum(not sweep.has(name, curve, level) for curve, levels in panel.items() for level in levels)
+        for curve, levels in panel.items():
+            recoveries += [curve.recover for level in levels if not sweep.has(name, curve, level)]
+    networks = len(recoveries)
     evaluator.bar.reset(networks * len(test) // processes.size())
     if networks:
         rate = images_per_second(evaluator.network, test, batch_size)
-        seconds = timedelta(seconds=round(networks * len(test) / rate / processes.size()))
+        images = sum(costs[recover] for recover in recoveries)
+        seconds = timedelta(seconds=round(images / rate / processes.size()))
         shared = f" in {processes.size()} processes" if processes.size() > 1 else ""
-        recovered = any(curve.recover != "none" for panel in missing.values() for curve in panel)
-        more = "; recovery comes on top" if recovered else ""
+        more = "; recoveries by their costs on a ResNet-50" if set(recoveries) > {"none"} else ""
         work = f"{counted(networks, 'network')} x {counted(len(test), 'image')} at {rate:,.0f} images/s"
         print(f"about {seconds}{shared}: {work}{more}", flush=True)
