@@ -148,7 +148,8 @@ def conclude(sweep: Sweep, tolerance: float, sensitivity: bool, written: set[tup
             print(line)
     sweep.files.drop_states()
     sweep.files.drop_old()
-    print(f"wrote {sweep.files.png}, and beside it the data (.csv, .json, .npz) and the other figures and tables")
+    more = "" if sensitivity else ", a table (.md) and more figures"
+    print(f"wrote {sweep.files.png}; beside it are .csv, .json, .npz{more}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -114,7 +114,7 @@ def load(path: Path) -> Checkpoint:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)|`(\S+)`? was not an allowed global", str(error))
         if not found:
-            raise UserError(f"{path} is damaged or no file of torch.save; save a state_dict()") from error
+            raise UserError(f"{path} is damaged or was not written by torch.save") from error
         held = f"the object {found[1] or found[2]}, which could run code"
         raise UserError(f"{path} is refused: it holds {held}; save only the state_dict() of a network") from error
     except Exception as error:  # damaged bytes surface as almost any exception from the readers of zip, pickle, JSON

@@ -139,7 +139,7 @@ def twins(model: nn.Module) -> dict[str, list[str]]:
 
 
 def sharing(model: nn.Module) -> set[str]:
-    """The names of the layers that have their weight with another one."""
+    """The names of the layers that share their weight with another layer."""
     return {name for first, others in twins(model).items() for name in (first, *others)}
 
 

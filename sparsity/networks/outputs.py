@@ -12,11 +12,11 @@ from sparsity.system import processes
 from sparsity.system.errors import UserError, described, one_line
 
 NAMES = ("logits", "out")  # entries of a dict or named tuple that hold the logits
-TOLERANCE = 1e-3  # of the `distance` of two networks that are the same, in float32
+TOLERANCE = 1e-3  # the largest `distance` of a network and its copy, in float32
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of outputs, as a share of the largest expected one; nan where one is nan."""
+    """The largest difference over the largest absolute value of `expected`, of the same shape; nan where one is nan."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 

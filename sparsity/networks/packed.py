@@ -3,7 +3,7 @@
 A file holds four arrays of bytes, deflated by `numpy.savez_compressed`; reading it runs no code:
 
     header   JSON: version, precision, layout (name, shape, counts of every tensor), metadata
-    bits     the masks of all tensors but the very sparse ones, joined: one bit a weight, 1 where it is not zero
+    bits     the masks of all tensors but the very sparse ones, joined: one bit per weight, 1 where it is not zero
     gaps     the masks of very sparse tensors: the zeros before each nonzero weight, a byte each; 255: as many and more
     values   the nonzero values [bytes of a value, values]: the highest byte of each, then the second one, ...
 

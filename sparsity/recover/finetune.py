@@ -19,7 +19,7 @@ from sparsity.training.schedule import cosine_factor, linear_factor
 class Finetuning:
     """The recipe of fine-tuning on the images of `train`, which `shift` and `border` augment.
 
-    `rate` gives the learning rate after so many epochs of fine-tuning, from 0 to `epochs`.
+    `rate` maps a place in fine-tuning, in epochs, to the learning rate; a step has that of its middle.
     """
 
     train: Split
@@ -83,7 +83,6 @@ def finetune(model: nn.Module, layers: dict[str, Layer], tuning: Finetuning, see
     model.to(memory_format=memory_format(model))
     optimizer = make_optimizer("sgd", model, 1.0, tuning.momentum, tuning.weight_decay)
     steps = len(batch_bounds(len(tuning.train), tuning.batch_size))
-    # A step has the learning rate of its middle.
     schedule = LambdaLR(optimizer, lambda step: tuning.rate((step + 0.5) / steps))
     enforce_masks = mask_enforcer(model, layers)
 
@@ -97,6 +96,5 @@ def finetune(model: nn.Module, layers: dict[str, Layer], tuning: Finetuning, see
         try:
             train_one_epoch(model, batches, optimizer, tuning.dtype, epoch, after_step=after_step)
         except UserError as error:  # its advice names a flag of training
-            rate = f"{optimizer.param_groups[0]['lr']:g}"
-            raise UserError(f"fine-tuning diverged at rate {rate}; use a smaller --finetune_learning_rate") from error
+            raise UserError("fine-tuning diverged; use a smaller --finetune_learning_rate") from error
     model.eval()

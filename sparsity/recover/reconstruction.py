@@ -86,7 +86,7 @@ def reconstruct(
     in the mask (layer-wise reconstruction as in arXiv 2208.11580 and AdaPrune, arXiv 2102.08124, here with sequential
     inputs), in each group of a grouped convolution by itself. Biases stay. An unpruned layer with the inputs of the
     dense network keeps its weights to the bit. `copies` are two of `stream_copy`, whose weights are overwritten.
-    Returns notes on layers and rows that were not refitted.
+    Returns notes on layers and output channels that were not refitted.
     """
     for copy, network in zip(copies, (model, dense), strict=True):
         refresh(copy, network)

@@ -10,16 +10,15 @@ from torch import nn
 
 from sparsity.data.images import normalise
 from sparsity.networks.census import census
-from sparsity.networks.checkpoint import Checkpoint, plain_state
+from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import evaluate
 from sparsity.networks.families import argument_words, load_control, short_name
 from sparsity.networks.fused import SAMPLE, fused
 from sparsity.networks.inference import choose_way, inference_copy
-from sparsity.networks.layers import positions_per_image, prunable_layers
+from sparsity.networks.layers import positions_per_image, prunable_layers, unmasked_state
 from sparsity.results.rows import Row, read_rows, write_rows
 from sparsity.sweep.evaluator import Evaluator, PrunedNetwork
 from sparsity.sweep.export import Exporter
-from sparsity.sweep.flags import PROGRAMS
 from sparsity.sweep.inputs import distinct_names
 from sparsity.sweep.timing import Timer
 from sparsity.system.errors import UserError, one_line
@@ -66,7 +65,6 @@ def measure_controls(paths: list[Path], evaluator: Evaluator, main: Checkpoint, 
     if not paths:
         return
     sweep, files = evaluator.sweep, [extra.files for extra in evaluator.extras if isinstance(extra, Exporter)]
-    files = [each for each in files if each.form not in PROGRAMS]
     timers = [extra for extra in evaluator.extras if isinstance(extra, Timer)]
     evaluator.begin(next(iter(sweep.header["checkpoints"])), dense.to(evaluator.test.images.device))
     rows = {row.key: row for row in read_rows(sweep.files.controls)}
@@ -83,7 +81,7 @@ def measure_controls(paths: list[Path], evaluator: Evaluator, main: Checkpoint, 
             wanted = {"file": str(file), "precision": export.precision}
             if known | wanted != known or not file.is_file():
                 about = {"epoch": saved.epoch, "model": saved.model, "data": saved.data}
-                export.write(file, {"net": plain_state(network)} | about)
+                export.write(file, {"net": unmasked_state(network, "cpu")} | about)
                 row, known = replace(row, file_bytes=file.stat().st_size), known | wanted
         for timer in timers:
             if timer.lacks(row):

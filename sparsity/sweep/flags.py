@@ -221,6 +221,8 @@ def _file_rules(args: argparse.Namespace, given: set[str]) -> Iterator[str]:
         yield "--sensitivity prunes one layer at a time; leave out --export and --measure"
     if args.sensitivity and args.controls:
         yield "--sensitivity draws no controls; leave out --controls"
+    if args.controls and export and args.export_format in PROGRAMS:
+        yield f"--controls are not written as {args.export_format}; use another --export_format, or leave them out"
     if args.describe and (export or args.measure or args.controls or args.restart):
         yield "--describe writes nothing; leave out --export, --measure, --controls and --restart"
     if args.arch_args and (args.arch is None or args.arch in BUILT_IN):

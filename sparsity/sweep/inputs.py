@@ -36,7 +36,10 @@ CHOICE_IMAGES = 512  # by whose statistics an augmentation is chosen; twice as m
 
 
 def finetuning_rate(args: argparse.Namespace, saved: Checkpoint) -> Callable[[float], float]:
-    """The learning rate after so many epochs of fine-tuning; for 'rewind' that of the last ones of the training."""
+    """The `rate` of a Finetuning: constant, or for 'rewind' that of the last epochs of the training.
+
+    Raises UserError where the checkpoint does not tell it, or it is 0 throughout.
+    """
     rate, epochs, told = args.finetune_learning_rate, args.finetune_epochs, saved.settings
     if rate != "rewind":
         return lambda place: rate
@@ -212,7 +215,8 @@ def _load(source: Source, saved: Checkpoint, train: bool, pick: Pick | None = No
     data, num_classes = saved.data, saved.model["num_classes"]
     split, classes = load_split(source, train, (tuple(data["mean"]), tuple(data["std"])), pick)
     if len(classes) != num_classes:
-        raise UserError(f"{saved.path} has {num_classes} output classes, {source.name} has {len(classes)} classes")
+        told = f"{saved.path} has {num_classes} output classes, {source.name} has {len(classes)}"
+        raise UserError(f"{told}; name the images of its training with --dataset and --data_dir")
     if data.get("classes", classes) != classes:
         pairs = zip(data["classes"], classes, strict=False)
         differing = next((pair for pair in pairs if pair[0] != pair[1]), ("fewer", "more"))

@@ -109,20 +109,23 @@ def images_per_second(network: nn.Module, test: Split, batch_size: int) -> float
 def announce(evaluator: Evaluator, missing: dict[str, Panel], costs: dict[str, float]) -> None:
     """Say how long the missing networks take, without export and timing, and set the length of the bar.
 
-    The time is that of the first few batches, times the `level_costs` of each network.
+    The time is the sum of the `costs` of `level_costs`, over the speed of the first few batches. On the way to a
+    missing level a curve in steps recovers levels again that have a row.
     """
     sweep, test, batch_size = evaluator.sweep, evaluator.test, evaluator.batch_size
-    recoveries = ["none" for name in missing if name not in sweep.dense]
+    networks = sum(name not in sweep.dense for name in missing)
+    images, recovered = costs["none"] * networks, False
     for name, panel in missing.items():
         for curve, levels in panel.items():
-            recoveries += [curve.recover for level in levels if not sweep.has(name, curve, level)]
-    networks = len(recoveries)
+            there = sum(sweep.has(name, curve, level) for level in levels)
+            networks += len(levels) - there
+            images += costs[curve.recover] * len(levels) - costs["none"] * there
+            recovered = recovered or curve.recover != "none"
     evaluator.bar.reset(networks * len(test) // processes.size())
     if networks:
         rate = images_per_second(evaluator.network, test, batch_size)
-        images = sum(costs[recover] for recover in recoveries)
         seconds = timedelta(seconds=round(images / rate / processes.size()))
         shared = f" in {processes.size()} processes" if processes.size() > 1 else ""
-        more = "; recoveries by their costs on a ResNet-50" if set(recoveries) > {"none"} else ""
+        more = ", and recoveries, by their costs on a ResNet-50" if recovered else ""
         work = f"{counted(networks, 'network')} x {counted(len(test), 'image')} at {rate:,.0f} images/s"
         print(f"about {seconds}{shared}: {work}{more}", flush=True)

@@ -74,9 +74,7 @@ def levels_type(text: str) -> list[float]:
         if not all(0 <= level <= 100 for level in levels):  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text!r} has a level outside 0 to 100 percent")
     except (ValueError, ArithmeticError) as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither start:stop:step, rising, nor a list such as 0,40"
-        ) from error
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a rising start:stop:step nor a list as 0,40") from error
     return sorted({float(level_text(float(level))) for level in levels})  # levels of equal text are one level
 
 

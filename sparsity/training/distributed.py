@@ -34,13 +34,15 @@ def share_batchnorm(model: nn.Module) -> None:
 @torch.no_grad()
 def average_statistics(*networks: nn.Module) -> None:
     """Average the running statistics of BatchNorm over all processes, in place, so that they are the same in each."""
-    if processes.size() == 1:
+    networks = dict.fromkeys(networks)
+    buffers = [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
+    if processes.size() == 1 or not buffers:
         return
-    for network in dict.fromkeys(networks):
-        for buffer in network.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= processes.size()
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    sizes = [buffer.numel() for buffer in buffers]
+    for buffer, mean in zip(buffers, (flat / processes.size()).split(sizes), strict=True):
+        buffer.copy_(mean.view_as(buffer))
 
 
 def require_enough(device: torch.device, batch_size: int, images: int) -> None:

@@ -94,7 +94,7 @@ def contestant(name: str, weight: Tensor, x: Tensor, level: float) -> Callable[[
 
 
 def layer_rows(inner: int, outer: int, side: int, kind: str, args: argparse.Namespace) -> Iterator[dict]:
-    """A row a level and kernel of one convolution, the dense one in the same turns, at stride 1."""
+    """One row per level and kernel of one convolution, the dense one in the same turns, at stride 1."""
     size = 3 if kind == "3x3" else 1
     out_channels, in_channels = (outer, inner) if kind == "1x1 expand" else (inner, inner if size == 3 else outer)
     x = torch.randn(args.batch_size, in_channels, side, side).contiguous(memory_format=torch.channels_last)

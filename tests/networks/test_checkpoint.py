@@ -76,7 +76,7 @@ def changed(name, change):
 
 CONTENTS = {
     "code": (lambda state: {"net": state, "x": Evil()}, "refused.*open.*could run code"),
-    "bare pickle of code": (lambda state: pickle.dumps(Evil()), "no file of torch.save"),
+    "bare pickle of code": (lambda state: pickle.dumps(Evil()), "not written by torch.save"),
     "text": (lambda state: b"hello", "damaged|refused"),
     "cut short": (lambda state: saved_bytes(state)[:-500], "is damaged, cut short"),
     "a tensor": (lambda state: torch.zeros(3), "no state dict"),

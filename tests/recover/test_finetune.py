@@ -3,12 +3,12 @@
 import copy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import awaken
 from helpers import zeros_by_layer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import Build_Resnet
 from sparsity.data.images import normalise
@@ -19,6 +19,7 @@ from sparsity.prune.thinning import thin
 from sparsity.recover.finetune import Finetuning, finetune, rewound_rate
 from sparsity.system.errors import UserError
 from sparsity.system.methods import Curve
+from sparsity.training.optimizer import make_optimizer, make_schedule
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -73,29 +74,34 @@ def test_removed_filters_and_emptied_blocks_stay_removed(small_split, arch, leve
     assert model.layer1[0].bn2.bias.any() == (level <= 50)
 
 
-def test_rewound_rates_are_those_of_the_last_epochs_of_the_training():
-    # The study's schedule: 60 epochs, half period 20, down, up, down.
-    assert rewound_rate(0.01, 20, 60, 1)(0.5) == pytest.approx(0.01 * (1 + np.cos(np.pi * 59 / 20)) / 2)
-    last = rewound_rate(0.01, 20, 60, 20)
-    rates = [last(epoch + 0.9) for epoch in range(20)]
-    assert rates[0] == pytest.approx(0.01) and rates == sorted(rates, reverse=True)
-    again = rewound_rate(0.1, 2, 2, 3)
-    assert [again(epoch + 0.5) for epoch in range(3)] == pytest.approx([0.05, 0.1, 0.05])
-    linear = rewound_rate(0.12, 4, 4, 4, warmup_share=0.25)  # which changes with each batch
+@pytest.mark.parametrize(("t_max", "warmup"), [(20, 0), (2, 3)])
+def test_rewound_rates_are_those_of_the_last_epochs_of_the_training(t_max, warmup):
+    """The study's schedule falls in 20 epochs, rises in 20 and falls again."""
+    optimizer = make_optimizer("sgd", torch.nn.Linear(1, 1), 0.01, 0.0, 0.0)
+    schedule, trained = make_schedule(optimizer, t_max, warmup), []
+    for _ in range(60):
+        trained.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    rewound = rewound_rate(0.01, t_max, 60, 7, warmup)
+    assert [rewound(epoch + 0.9) for epoch in range(7)] == pytest.approx(trained[-7:], abs=1e-9)
+    longer = rewound_rate(0.01, t_max, 60, 61, warmup)
+    assert [longer(epoch) for epoch in range(61)] == pytest.approx([trained[-1], *trained], abs=1e-9)
+
+
+def test_rewound_rates_of_a_linear_schedule_change_with_each_batch():
+    linear = rewound_rate(0.12, 4, 4, 4, warmup_share=0.25)
     assert [linear(place) for place in (0, 0.5, 1, 2, 3, 3.9)] == pytest.approx([0, 0.06, 0.12, 0.08, 0.04, 0.004])
     again = rewound_rate(0.12, 4, 3, 4, warmup_share=0.25)
     assert [again(place) for place in (0, 0.5, 1, 1.5, 3.5)] == pytest.approx([0.08, 0.06, 0, 0.06, 0.06])
 
 
 def test_every_step_has_the_rate_of_its_middle_and_too_large_ones_name_their_own_flag(small_net, small_split):
-    places = []
-    told = replace(recipe(small_split, 0.05, epochs=2), rate=lambda place: places.append(place) or 0.0)
-    model, layers = pruned(small_net)
-    before = model.stem.weight_orig.detach() * model.stem.weight_mask
-    finetune(model, layers, told, 0)
-    steps = -(-len(small_split) // 16)
-    assert places[: 2 * steps] == pytest.approx([(step + 0.5) / steps for step in range(2 * steps)])
-    assert torch.equal(model.stem.weight_orig, before)
+    rates, steps = [], -(-len(small_split) // 16)
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *rest: rates.append(optimizer.param_groups[0]["lr"]))
+    finetune(*pruned(small_net), replace(recipe(small_split, 0, epochs=2), rate=lambda place: 0.01 * place), 0)
+    handle.remove()
+    assert rates == pytest.approx([0.01 * (step + 0.5) / steps for step in range(2 * steps)])
     with pytest.raises(UserError, match="smaller --finetune_learning_rate"):
         finetune(*pruned(small_net), recipe(small_split, 1e20, epochs=3, weight_decay=0.1), 0)
 

@@ -245,9 +245,12 @@ def test_parts_of_several_processes_are_joined_in_the_order_of_one(files, killed
     assert not [path for path in contents(files.stem.parent) if "_part" in path.name]
 
 
-def test_damaged_files_are_told_in_one_line_or_mean_the_same(files):
+@pytest.mark.parametrize("packed", [True, False])
+def test_damaged_files_are_told_in_one_line_or_mean_the_same(files, packed):
     """Bytes flipped, cut and spliced at seeded places of each file, in the deflate streams of the NPZ too."""
-    fill(files).pack()
+    sweep = fill(files)
+    if packed:
+        sweep.pack()
     draw, whole = random.Random(0), read_sweep(files)
     for path in (files.csv, files.json, files.npz):
         good = path.read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -88,6 +89,15 @@ def test_a_file_made_of_one_that_tells_nothing_is_swept_again_alone(
     first, again = (json.loads(files_of(tmp_path / part).json.read_text())["data"] for part in "ab")
     assert first == again and (first["image_size"], first["std"]) == (12, [0.25, 0.5, 0.25])
     assert all(table(tmp_path / "a")[0][name] == table(tmp_path / "b")[0][name] for name in ("accuracy", "loss"))
+
+
+def test_a_file_names_the_images_of_its_accuracy(tiny_checkpoint, image_folder, tmp_path):
+    other = tmp_path / "others"
+    shutil.copytree(image_folder, other)
+    assert export(tmp_path, "--checkpoint", tiny_checkpoint, "--data_dir", other, "--export", "50") == 0
+    (path,) = (tmp_path / "files").iterdir()
+    data = checkpoint.load(path).data
+    assert (data["dataset"], data["name"], data["data_dir"]) == ("folder", "others", str(other))
 
 
 def test_filters_are_removed_from_the_file(tiny_checkpoint, tmp_path):

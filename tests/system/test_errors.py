@@ -78,7 +78,7 @@ def test_the_command_that_goes_on_is_that_of_the_run(monkeypatch):
         ("run.py", ["--help"], 0, "--epochs"),
         ("pruning.py", ["--help"], 0, "what to prune"),
         ("run.py", ["--epochs", "0"], 2, "'0' is not a whole number from 1"),
-        ("pruning.py", ["--levels", "forty"], 2, "neither start:stop:step"),
+        ("pruning.py", ["--levels", "forty"], 2, "neither a rising start:stop:step"),
     ],
 )
 def test_help_and_usage_errors_answer_without_torch(script, flags, status, said):
@@ -89,6 +89,7 @@ def test_help_and_usage_errors_answer_without_torch(script, flags, status, said)
     result = subprocess.run([sys.executable, "-c", code, str(ROOT / script), *flags], capture_output=True, text=True)
     assert result.returncode == status
     assert said in result.stdout + result.stderr
+    assert result.stderr.count("\n") == (status == 2)
     assert "Traceback" not in result.stderr
 
 

@@ -36,7 +36,11 @@ def test_levels_are_read_as_written(text, levels):
 @pytest.mark.parametrize(
     ("kind", "texts", "said"),
     [
-        (levels_type, ["0:100", "0:100:0", "50:0:5", "forty", "", "0:9e999999:1e-999999"], "neither start:stop:step"),
+        (
+            levels_type,
+            ["0:100", "0:100:0", "50:0:5", "forty", "", "0:9e999999:1e-999999"],
+            "neither a rising start:stop:step",
+        ),
         (levels_type, ["0,101", "-5,0"], "outside 0 to 100"),
         (levels_type, ["0,nan", "0:100:nan", "inf"], "'"),
         (levels_type, ["0:100:0.001"], "more than 10,000 levels"),
