@@ -184,11 +184,15 @@ def allocation_sentence(comparisons: list[dict[str, Any]]) -> str:
     found = [entry for entry in comparisons if entry["part"] == "allocation"]
     if not found:
         return ""
-    words = []
-    for axis, purpose in (("weights", "bytes"), ("macs", "arithmetic")):
-        on_axis = [_allocation_words(entry) for entry in found if entry["axis"] == axis]
-        words.append(f"for {purpose} ({AXES[axis]}) {'; '.join(on_axis) or 'no two measured levels can be compared'}")
-    return f"Allocations, {', '.join(words)}."
+    told = {
+        axis: "; ".join(_allocation_words(entry) for entry in found if entry["axis"] == axis)
+        or "no two measured levels can be compared"
+        for axis in AXES
+    }
+    return (
+        f"Allocations at {AXES['weights']}, for bytes: {told['weights']}. "
+        f"At {AXES['macs']}, for arithmetic: {told['macs']}."
+    )
 
 
 def _allocation_words(entry: dict[str, Any]) -> str:

@@ -111,13 +111,13 @@ def test_the_words_give_both_shares_and_never_say_that_nothing_differs(files):
     )
     assert entries[1]["sentence"].endswith("): l1 lamp + reconstruction is more accurate.")
     assert allocation_sentence(entries) == (
-        "Allocations, for bytes (the same share of weights) lamp at 95 % is more accurate than uniform at 95 %, for "
-        "arithmetic (the same multiply-adds) uniform at 80 % is not shown to differ from lamp at 95 %."
+        "Allocations at the same share of weights, for bytes: lamp at 95 % is more accurate than uniform at 95 %. "
+        "At the same multiply-adds, for arithmetic: uniform at 80 % is not shown to differ from lamp at 95 %."
     )
     assert allocation_sentence([]) == ""
     second = [entry | {"better": "second"} for entry in entries if entry["axis"] == "weights"]
-    assert "uniform at 95 % is more accurate than lamp at 95 %, for arithmetic" in allocation_sentence(second)
-    assert allocation_sentence(second).endswith("(the same multiply-adds) no two measured levels can be compared.")
+    assert "uniform at 95 % is more accurate than lamp at 95 %. At" in allocation_sentence(second)
+    assert allocation_sentence(second).endswith("arithmetic: no two measured levels can be compared.")
 
 
 def test_several_checkpoints_are_compared_by_their_mean_and_only_with_the_same_ones(files):
