@@ -51,7 +51,7 @@ from sparsity.networks.fused import fused
 from sparsity.networks.inference import compiled, inference_copy, refresh
 from sparsity.networks.layers import prunable_layers
 from sparsity.prune.masks import prune_l1_uniform
-from sparsity.sweep import level
+from sparsity.sweep import evaluator
 from sparsity.system.machine import DTYPES, describe_machine
 
 BATCH = 128
@@ -113,7 +113,7 @@ def whole_sweep(args: argparse.Namespace, dense: nn.Module) -> dict[str, Any]:
 
         return call
 
-    level.evaluate, level.evaluate_shared = (timed("evaluating", each) for each in (evaluate, evaluate_shared))
+    evaluator.evaluate, evaluator.evaluate_shared = (timed("evaluating", each) for each in (evaluate, evaluate_shared))
     accuracy.plot_all = timed("drawing", accuracy.plot_all)
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         path = Path(folder) / "network.pth"

@@ -15,7 +15,7 @@ from sparsity.networks import checkpoint
 from sparsity.networks.evaluation import evaluate
 from sparsity.results.statistics import wilson_interval
 from sparsity.results.store import read_sweep
-from sparsity.sweep import level
+from sparsity.sweep import evaluator
 
 TABLE = "colours_resnet18_pruning.csv"
 
@@ -123,12 +123,12 @@ def test_rows_of_other_settings_need_another_name_or_a_restart(swept_at_two, tin
 
 def test_a_level_that_does_nothing_is_not_evaluated_and_has_the_same_row(tiny_checkpoint, tmp_path, monkeypatch):
     evaluated = []
-    monkeypatch.setattr(level, "evaluate", lambda *given: evaluated.append(1) or evaluate(*given))
+    monkeypatch.setattr(evaluator, "evaluate", lambda *given: evaluated.append(1) or evaluate(*given))
     flags = ["--checkpoint", tiny_checkpoint, "--levels", "0,0.001,50", "--criterion", "l1", "filter_l1"]
     flags += ["--recover", "none", "batchnorm", "--calibration_images", "16"]
     assert sweep(tmp_path / "once", *flags) == 0
     assert len(evaluated) == 12 - 4
-    monkeypatch.setattr(level, "_is_dense", lambda pruned: False)
+    monkeypatch.setattr(evaluator, "_is_dense", lambda pruned: False)
     assert sweep(tmp_path / "again", *flags) == 0
     assert len(evaluated) == 12 - 4 + 12
     assert without_seconds(tmp_path / "once" / TABLE) == without_seconds(tmp_path / "again" / TABLE)
