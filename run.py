@@ -22,7 +22,7 @@ from sparsity.data.sources import Source, load_split
 from sparsity.figures.training import plot_confusion, plot_training
 from sparsity.networks import checkpoint
 from sparsity.networks.evaluation import Evaluation, default_batch_size, evaluate_shared
-from sparsity.networks.families import file_word, short_name
+from sparsity.networks.families import file_word, network_name
 from sparsity.networks.fused import fused
 from sparsity.networks.inference import CompiledNetwork, inference_copy, refresh
 from sparsity.results.record import HISTORY_COLUMNS, write_confusion
@@ -200,8 +200,7 @@ def conclude(
         "test_accuracy": final.accuracy,
     }
     write_json(curve.with_suffix(".json"), facts)
-    width = f" of width {args.width}" if args.width != 64 else ""
-    title = f"{short_name(args.arch)}{width} on {data['name']}, {args.image_size} px, {len(history)} epochs"
+    title = f"{network_name(content['model'])} on {data['name']}, {args.image_size} px, {len(history)} epochs"
     smoothed = f", labels smoothed by {args.label_smoothing:g}" if args.label_smoothing else ""
     pictures = curve.with_suffix(".png"), confusion.with_suffix(".png")
     plot_training(curve, pictures[0], title + smoothed)

@@ -51,6 +51,13 @@ def short_name(arch: str) -> str:
     return Path(arch).name if is_file(arch) else arch
 
 
+def network_name(spec: Spec) -> str:
+    """A network in words: 'resnet18', 'resnet50 width 32', 'small.py:make width=8', 'thin' without some filters."""
+    width = "" if spec.get("width", 64) == 64 else f" width {spec['width']}"
+    arguments = f" {argument_words(spec['arch_args'])}" if spec.get("arch_args") else ""
+    return f"{short_name(spec['arch'])}{width}{arguments}" + (" thin" if spec.get("widths") else "")
+
+
 def file_word(arch: str) -> str:
     """A network in names of files: 'resnet18', 'torchvision_vgg11', 'small_make'."""
     return re.sub(r"\.py:|[^\w.-]", "_", short_name(arch))[:100]

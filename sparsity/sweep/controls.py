@@ -3,7 +3,6 @@
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from sparsity.data.images import normalise
 from sparsity.networks.census import census
 from sparsity.networks.checkpoint import Checkpoint
 from sparsity.networks.evaluation import evaluate
-from sparsity.networks.families import argument_words, load_control, short_name
+from sparsity.networks.families import load_control, network_name
 from sparsity.networks.fused import SAMPLE, fused
 from sparsity.networks.inference import choose_way, inference_copy
 from sparsity.networks.layers import positions_per_image, prunable_layers, unmasked_state
@@ -34,13 +33,6 @@ def recipe_words(saved: Checkpoint) -> str:
     data = saved.data or {}
     told = [f"{name} {saved.settings[name]}" for name in RECIPE]
     return one_line(", ".join([str(data.get("name", data.get("dataset"))), f"{data.get('image_size')} px", *told]))
-
-
-def network_name(spec: dict[str, Any]) -> str:
-    """A network in words: 'resnet18', 'resnet50 width 32', 'small.py:make width=8', 'thin' without some filters."""
-    width = "" if spec.get("width", 64) == 64 else f" width {spec['width']}"
-    arguments = f" {argument_words(spec['arch_args'])}" if spec.get("arch_args") else ""
-    return f"{short_name(spec['arch'])}{width}{arguments}" + (" thin" if spec.get("widths") else "")
 
 
 def require_comparable(paths: list[Path], main: Checkpoint) -> None:

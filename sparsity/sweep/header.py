@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sparsity.data.sources import Source
-from sparsity.networks.families import file_word, short_name
+from sparsity.networks.families import file_word, network_name, short_name
 from sparsity.sweep.flags import CALIBRATION_IMAGES
 from sparsity.sweep.inputs import Inputs, recorded_augmentation
 from sparsity.system.flags import level_text
@@ -22,13 +22,13 @@ def output_name(name: str | None, source: Source, spec: dict) -> str:
 
 def describe_sweep(args: argparse.Namespace, given: Inputs, panel: Panel) -> dict[str, Any]:
     """The content of the JSON; rows are only mixed where `settings` and `data` are the same."""
-    arch, source, test, names = short_name(given.saved.model["arch"]), given.source, given.test, list(given.described)
+    network, source, test, names = network_name(given.saved.model), given.source, given.test, list(given.described)
     title = ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
     ways = [f"{len(test):,} test images", args.precision, *["coupled channels"] * args.couple]
     ways += [f"filters in multiples of {args.round_filters}"] * (args.round_filters > 1)
     ways += ["levels are shares of the multiply-adds"] * (args.budget == "macs")
     return {
-        "title": f"{arch} on {source.name}, {title}\n{', '.join(ways)}",
+        "title": f"{network} on {source.name}, {title}\n{', '.join(ways)}",
         "curves": [list(curve) for curve in panel],
         "settings": _settings(args, given, panel),
         "data": {
