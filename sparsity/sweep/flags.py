@@ -117,7 +117,7 @@ def _add_recovery_flags(add: Callable[..., Any]) -> None:
     add("--distill_images", type=images_type, default="all", metavar="N", help=text)
     text = "epochs of distillation at each level (%(default)s)"
     add("--distill_epochs", type=integer(1, 10_000), default=1, metavar="N", help=text)
-    text = "of the first step of distillation, from which it falls to 0 (%(default)s)"
+    text = "of the first step of distillation, from which it falls to 0; at 98 %% sparsity 0.2 was better (%(default)s)"
     add("--distill_learning_rate", type=number(0, 1e30, above=True), default=0.05, metavar="RATE", help=text)
     text = "epochs of fine-tuning at each level (%(default)s)"
     add("--finetune_epochs", type=integer(1, 10_000), default=1, metavar="N", help=text)
