@@ -174,7 +174,8 @@ def scale_x(axes: Axes, log: bool = False, unit: str = "", room: float = 0.04) -
         margin = room * (high - low) or 1.0
         axes.set_xlim(low - margin, high + margin)
     ticks = inner_ticks(low, high, log)
-    axes.set_xticks(ticks, [f"{tick:g}{unit}" for tick in ticks])
+    shown = [float(f"{tick:.4g}") if log else tick for tick in ticks]  # a single point is its own tick
+    axes.set_xticks(ticks, [f"{tick:g}{unit}" for tick in shown])
     axes.set_xticks([], minor=True)
 
 
